@@ -1,0 +1,257 @@
+"""The command line. No logic here: each command calls one module and prints what it says."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.model import KitError
+
+app = typer.Typer(
+    name="launcher",
+    help="Fault-tolerant pretraining on Slurm with torchft and torchtitan.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+lighthouse_app = typer.Typer(no_args_is_help=True, help="The lighthouse on the login node.")
+sandbox_app = typer.Typer(no_args_is_help=True, help="A real Slurm on this one machine, as root.")
+app.add_typer(lighthouse_app, name="lighthouse")
+app.add_typer(sandbox_app, name="sandbox")
+
+OutputsOption = Annotated[
+    Path, typer.Option("--outputs", envvar="TFT_OUTPUTS", help="Where runs write.")
+]
+PortOption = Annotated[
+    int, typer.Option("--port", envvar="TFT_LIGHTHOUSE_PORT", min=1, max=65535, help="Its port.")
+]
+HostOption = Annotated[
+    str,
+    typer.Option(
+        "--host",
+        envvar="TFT_LIGHTHOUSE_HOST",
+        help="Address published to the nodes; default: this machine's host name.",
+    ),
+]
+FolderOption = Annotated[Path, typer.Option("--dir", help="The sandbox's own folder.")]
+OUTPUTS = Path("outputs")
+SANDBOX = Path("/run/tft-sandbox")
+
+
+@lighthouse_app.command("up")
+def lighthouse_up(
+    outputs: OutputsOption = OUTPUTS,
+    host: HostOption = "",
+    port: PortOption = 29510,
+    bind: Annotated[
+        str, typer.Option(help="Address to listen on; default: every interface.")
+    ] = "",
+    min_replicas: Annotated[
+        int, typer.Option(min=1, help="Replica groups below which nobody trains.")
+    ] = 1,
+    heartbeat_timeout_ms: Annotated[
+        int, typer.Option(min=200, help="Silence after which a replica group counts as lost.")
+    ] = 2000,
+    join_timeout_ms: Annotated[
+        int, typer.Option(min=100, help="How long a quorum waits for a group that is coming up.")
+    ] = 10_000,
+    quorum_tick_ms: Annotated[int, typer.Option(min=10, help="How often it decides.")] = 100,
+    detach: Annotated[bool, typer.Option("--detach", help="Run in the background.")] = False,
+) -> None:
+    """Start the lighthouse and publish its address; Ctrl-C or `down` ends it."""
+    import socket
+
+    from launcher.lighthouse import LighthouseDir
+    from launcher.rundir import Outputs
+    from launcher.supervisor import LighthouseSettings, Supervisor, start_detached
+
+    if not bind and host in ("127.0.0.1", "localhost", "::1"):
+        bind = host  # nobody but this machine is meant to reach it
+    settings = LighthouseSettings(
+        host=host or socket.gethostname(),
+        port=port,
+        bind=bind,
+        min_replicas=min_replicas,
+        heartbeat_timeout_ms=heartbeat_timeout_ms,
+        join_timeout_ms=join_timeout_ms,
+        quorum_tick_ms=quorum_tick_ms,
+    )
+    place = Outputs(outputs.absolute())
+    if not detach:
+        Supervisor(settings, place, say=_say).run()
+        return
+    argv = [sys.executable, "-m", "launcher", *(a for a in sys.argv[1:] if a != "--detach")]
+    address = start_detached(argv, LighthouseDir.of(place, settings.url))
+    _say(f"lighthouse up at {address.url} (pid {address.pid})")
+
+
+@lighthouse_app.command("down")
+def lighthouse_down(
+    outputs: OutputsOption = OUTPUTS, host: HostOption = "", port: PortOption = 29510
+) -> None:
+    """End the lighthouse that `up` started on this machine."""
+    from launcher.supervisor import stop
+
+    folder = _lighthouse_folder(outputs, host, port)
+    _say("lighthouse down" if stop(folder) else f"no lighthouse is up at {folder.path.name}")
+
+
+@lighthouse_app.command("status")
+def lighthouse_status(
+    outputs: OutputsOption = OUTPUTS, host: HostOption = "", port: PortOption = 29510
+) -> None:
+    """Say whether the lighthouse is up, answers, and which run it serves; exit 1 when not."""
+    from launcher.lighthouse import answers
+
+    folder = _lighthouse_folder(outputs, host, port)
+    address = folder.address()
+    if address is None:
+        _say(f"no lighthouse is up at {folder.path.name}")
+        raise typer.Exit(1)
+    problem = answers(address.url)
+    run = folder.claimed_by()
+    _say(
+        f"lighthouse {address.url} (pid {address.pid} on {address.host}, {address.user}): "
+        + ("answers" if problem is None else f"does not answer: {problem}")
+        + (f"; serves run tft-{run}" if run is not None else "; serves no run yet")
+    )
+    if problem is not None:
+        raise typer.Exit(1)
+
+
+def _lighthouse_folder(outputs: Path, host: str, port: int):  # type: ignore[no-untyped-def]
+    import socket
+
+    from launcher.lighthouse import LighthouseDir
+    from launcher.rundir import Outputs
+
+    url = f"http://{host or socket.gethostname()}:{port}"
+    return LighthouseDir.of(Outputs(outputs.absolute()), url)
+
+
+@app.command()
+def replica() -> None:
+    """Run this array task's replica group (called by the job script)."""
+    from launcher.replica import run_replica
+    from launcher.slurm import Slurm
+
+    raise typer.Exit(run_replica(os.environ, Slurm()))
+
+
+@app.command()
+def classic() -> None:
+    """Run this node's part of the classic job (called by the job script)."""
+    from launcher.classic import run_classic
+    from launcher.slurm import Slurm
+
+    raise typer.Exit(run_classic(os.environ, Slurm()))
+
+
+@app.command()
+def assets(
+    outputs: OutputsOption = OUTPUTS,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Build the CPU debug corpus and tokenizer instead.")
+    ] = False,
+) -> None:
+    """Download the tokenizer of Llama 3.1 8B (HF_TOKEN or `hf auth login`)."""
+    from launcher import assets
+
+    if debug:
+        place, built = assets.debug(outputs)
+        _say(f"debug corpus and tokenizer {'built' if built else 'are there'}: {place}")
+    else:
+        _say(f"tokenizer of {assets.REPOSITORY}: {assets.tokenizer(outputs)}")
+
+
+@app.command()
+def monitor(
+    run: Annotated[str, typer.Argument(help="Run name or array job id; default: newest.")] = "",
+    outputs: OutputsOption = OUTPUTS,
+    once: Annotated[bool, typer.Option("--once", help="Print what is known, then stop.")] = False,
+) -> None:
+    """Follow a run: quorum changes, losses, recoveries, and the end."""
+    from launcher.monitor import follow
+    from launcher.rundir import Outputs
+
+    follow(Outputs(outputs.absolute()).find(run or None), say=_say, once=once)
+
+
+@sandbox_app.command("up")
+def sandbox_up(
+    nodes: Annotated[int, typer.Option(min=1, max=64, help="How many nodes.")] = 3,
+    folder: FolderOption = SANDBOX,
+) -> None:
+    """Start Slurm with nodes worker-0…, 8 (pretended) GPUs and 128 CPUs each."""
+    from launcher.sandbox import Sandbox
+
+    sandbox = Sandbox(folder)
+    sandbox.up(nodes)
+    _say(f"sandbox up: {nodes} nodes in {folder}. To use it in a shell:")
+    _say(_exports(sandbox.environment()))
+
+
+@sandbox_app.command("down")
+def sandbox_down(folder: FolderOption = SANDBOX) -> None:
+    """End every process of the sandbox and remove its folder."""
+    from launcher.sandbox import Sandbox
+
+    _say("sandbox down" if Sandbox(folder).down() else f"no sandbox in {folder}")
+
+
+@sandbox_app.command("status")
+def sandbox_status(folder: FolderOption = SANDBOX) -> None:
+    """Say whether the sandbox runs, and how its nodes are; exit 1 when it does not."""
+    from launcher.sandbox import Sandbox
+
+    sandbox = Sandbox(folder)
+    if not sandbox.running():
+        _say(f"no sandbox is up in {folder}")
+        raise typer.Exit(1)
+    for node in sandbox.slurm().nodes():
+        _say(f"{node.name}  {node.state}  {'' if node.reason == 'none' else node.reason}".rstrip())
+    _say(_exports(sandbox.environment()))
+
+
+@sandbox_app.command("install")
+def sandbox_install() -> None:
+    """Install Slurm and munge from the distribution's packages when they are missing."""
+    from launcher.sandbox import install
+
+    install()
+
+
+@app.command()
+def demo(
+    outputs: OutputsOption = OUTPUTS,
+    folder: FolderOption = SANDBOX,
+    steps: Annotated[int, typer.Option(min=60, help="Steps to train.")] = 120,
+) -> None:
+    """Lose a node and train on: the README's steps on a sandbox, with a verdict."""
+    from launcher.demo import run_demo
+
+    raise typer.Exit(run_demo(outputs, folder, steps, say=_say))
+
+
+def _exports(environment: dict[str, str]) -> str:
+    return "export " + " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def main() -> None:
+    """Run the command line; errors of the kit are one line and an exit code, no traceback."""
+    try:
+        app()
+    except KitError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,78 @@
+"""The trainer's command line, built here and nowhere else.
+
+For the versions pinned in ``requirements.txt`` (torchtitan 0.2.2: TOML files and
+``--section.key`` flags).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Torchrun:
+    """One node's part of a torchrun job."""
+
+    ranks_per_node: int
+    log_dir: Path
+    """Where torchrun keeps the full output of every rank."""
+    node_address: str = ""
+    nodes: int = 1
+    node_rank: int = 0
+    master: str = ""
+    """``host:port`` of the first node, for a job of several."""
+
+    def argv(self, trainer: Sequence[str]) -> list[str]:
+        if self.nodes == 1:
+            meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        else:
+            host, _, port = self.master.rpartition(":")
+            meeting = [
+                f"--node-rank={self.node_rank}",
+                f"--master-addr={host}",
+                f"--master-port={port}",
+            ]
+        if self.node_address:
+            meeting.append(f"--local-addr={self.node_address}")
+        return [
+            sys.executable,
+            "-m",
+            "launcher.train.torchrun",
+            f"--nnodes={self.nodes}",
+            *meeting,
+            f"--nproc-per-node={self.ranks_per_node}",
+            # The console shows rank 0; every rank's output is kept under log_dir.
+            "--role=rank",
+            "--local-ranks-filter=0",
+            "--tee=3",
+            f"--log-dir={self.log_dir}",
+            "-m",
+            "launcher.train",
+            *trainer,
+        ]
+
+
+def trainer_flags(config: Path | str, dump_folder: Path, extra: Sequence[str]) -> list[str]:
+    """torchtitan's flags of a job without fault tolerance; ``extra`` wins, being last."""
+    return [f"--job.config_file={config}", f"--job.dump_folder={dump_folder}", *extra]
+
+
+def replica_flags(
+    config: Path | str,
+    dump_folder: Path,
+    extra: Sequence[str],
+    *,
+    replica: int,
+    group_size: int,
+) -> list[str]:
+    """torchtitan's flags of one replica group among ``group_size``."""
+    return [
+        *trainer_flags(config, dump_folder, ()),
+        "--fault_tolerance.enable",
+        f"--fault_tolerance.replica_id={replica}",
+        f"--fault_tolerance.group_size={group_size}",
+        *extra,
+    ]

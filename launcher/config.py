@@ -1,0 +1,247 @@
+"""What a site may set: environment variables with documented defaults, checked at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.model import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variable:
+    """One environment variable of the kit, as the README documents it."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+#: Every variable a site can set. ``${…}`` in a default names where it comes from.
+VARIABLES = (
+    Variable(
+        name="TFT_CONFIG",
+        default="configs/llama3.1-8b.toml",
+        meaning="torchtitan config file of the training",
+    ),
+    Variable(
+        name="TFT_RANKS_PER_NODE",
+        default="${SLURM_GPUS_ON_NODE}, else 8",
+        meaning="ranks that torchrun starts on each node",
+    ),
+    Variable(
+        name="TFT_DEVICE",
+        default="cuda",
+        meaning="`cuda` or `cpu`; a node without its GPUs fails rather than train on CPU",
+    ),
+    Variable(
+        name="TFT_EXTRA_ARGS",
+        default="",
+        meaning="extra torchtitan flags, shell-quoted, e.g. `--training.steps 200`",
+    ),
+    Variable(
+        name="TFT_INTERFACE",
+        default="",
+        meaning="network interface for NCCL and gloo, e.g. `eth0`",
+    ),
+    Variable(
+        name="TFT_NODE_ADDRESS",
+        default="${the node's host name}",
+        meaning="address under which other nodes reach this one",
+    ),
+    Variable(
+        name="TFT_ENV",
+        default=".env",
+        meaning="virtual environment that the job scripts activate (on the shared file system)",
+    ),
+    Variable(
+        name="TFT_OUTPUTS",
+        default="outputs",
+        meaning="where runs write (on the shared file system)",
+    ),
+    Variable(
+        name="TFT_LIGHTHOUSE_HOST",
+        default="${the login node's host name}",
+        meaning="address of the login node that `lighthouse up` publishes to the nodes",
+    ),
+    Variable(
+        name="TFT_LIGHTHOUSE_PORT",
+        default="29510",
+        meaning="port of the lighthouse",
+    ),
+    Variable(
+        name="TFT_WEIGHT_HASH_EVERY",
+        default="metrics.log_freq",
+        meaning="manager steps between two logged hashes of the weights",
+    ),
+    Variable(
+        name="TFT_DATALOADER_SAVE_EVERY",
+        default="10",
+        meaning="steps between two saves of a replica group's place in its data",
+    ),
+    Variable(
+        name="TFT_MIN_STEP_SECONDS",
+        default="0",
+        meaning="a step lasts at least this long (demos and drills on fast machines)",
+    ),
+    Variable(
+        name="TORCHFT_LIGHTHOUSE",
+        default="${what `lighthouse up` published}",
+        meaning="lighthouse address, e.g. `http://login-0:29510`",
+    ),
+    Variable(
+        name="TORCHFT_MANAGER_PORT",
+        default="0",
+        meaning="port of a replica group's manager; 0 takes a free one",
+    ),
+    Variable(
+        name="TORCHFT_QUORUM_TIMEOUT_SEC",
+        default="600",
+        meaning="how long a replica waits for a quorum before it gives up",
+    ),
+    Variable(
+        name="TORCHFT_QUORUM_RETRIES",
+        default="1200",
+        meaning="how often it asks again within that time (0: a lighthouse outage kills it)",
+    ),
+    Variable(
+        name="TORCHFT_TIMEOUT_SEC",
+        default="60",
+        meaning="collectives, commits and state transfer between replica groups",
+    ),
+    Variable(
+        name="TORCHFT_CONNECT_TIMEOUT_SEC",
+        default="10",
+        meaning="connecting to a manager or to the lighthouse",
+    ),
+    Variable(
+        name="RUST_LOG",
+        default="warn",
+        meaning="log level of torchft's native part in a replica",
+    ),
+    Variable(
+        name="RUST_BACKTRACE",
+        default="1",
+        meaning="backtraces of torchft's native part",
+    ),
+)
+
+DEFAULT_CONFIG = "configs/llama3.1-8b.toml"
+DEFAULT_PORT = 29510
+DEFAULT_RANKS = 8
+
+#: What torchtitan flags can never be set by hand: the launcher decides them.
+_OURS = (
+    "--fault_tolerance.enable",
+    "--fault_tolerance.replica_id",
+    "--fault_tolerance.group_size",
+    "--job.config_file",
+    "--job.dump_folder",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """The settings of one site or shell, from its environment."""
+
+    config: Path
+    """torchtitan TOML file."""
+    outputs: Path
+    """Root of what runs write."""
+    ranks_per_node: int
+    device: str
+    extra_args: tuple[str, ...]
+    interface: str
+    node_address: str
+    """Empty: torchrun finds it."""
+    lighthouse: str
+    """URL set by hand; empty: the published one."""
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str]) -> Site:
+        """Read and check every variable.
+
+        Raises:
+            UsageError: names every problem at once.
+        """
+        problems: list[str] = list(_misspelled(env))
+        try:
+            extra = tuple(shlex.split(env.get("TFT_EXTRA_ARGS", "")))
+        except ValueError as error:
+            problems.append(f"TFT_EXTRA_ARGS is not a well-quoted list of flags ({error})")
+            extra = ()
+        for flag in extra:
+            name = flag.split("=", 1)[0].replace("-", "_").replace("__", "--", 1)
+            if name in _OURS:
+                problems.append(f"TFT_EXTRA_ARGS must not set {name}: the launcher sets it")
+        device = env.get("TFT_DEVICE") or "cuda"
+        if device not in ("cuda", "cpu"):
+            problems.append(f"TFT_DEVICE must be 'cuda' or 'cpu', not {device!r}")
+        ranks = _ranks(env, problems)
+        for name in (
+            "TORCHFT_QUORUM_TIMEOUT_SEC",
+            "TORCHFT_QUORUM_RETRIES",
+            "TORCHFT_TIMEOUT_SEC",
+            "TORCHFT_CONNECT_TIMEOUT_SEC",
+            "TORCHFT_MANAGER_PORT",
+            "TFT_LIGHTHOUSE_PORT",
+            "TFT_WEIGHT_HASH_EVERY",
+            "TFT_DATALOADER_SAVE_EVERY",
+        ):
+            if env.get(name) and not re.fullmatch(r"\d+", env[name]):
+                problems.append(f"{name} must be a whole number, not {env[name]!r}")
+        if env.get("TFT_DATALOADER_SAVE_EVERY") == "0":
+            problems.append("TFT_DATALOADER_SAVE_EVERY must be at least 1")
+        if env.get("TFT_MIN_STEP_SECONDS") and not _is_number(env["TFT_MIN_STEP_SECONDS"]):
+            problems.append("TFT_MIN_STEP_SECONDS must be a number of seconds")
+        lighthouse = env.get("TORCHFT_LIGHTHOUSE", "")
+        if lighthouse and not re.fullmatch(r"https?://[^\s/]+:\d+/?", lighthouse):
+            problems.append(
+                f"TORCHFT_LIGHTHOUSE must look like http://host:29510, not {lighthouse!r}"
+            )
+        if problems:
+            raise UsageError("; ".join(problems))
+        return cls(
+            config=Path(env.get("TFT_CONFIG") or DEFAULT_CONFIG),
+            outputs=Path(env.get("TFT_OUTPUTS") or "outputs"),
+            ranks_per_node=ranks,
+            device=device,
+            extra_args=extra,
+            interface=env.get("TFT_INTERFACE", ""),
+            node_address=env.get("TFT_NODE_ADDRESS", ""),
+            lighthouse=lighthouse.rstrip("/"),
+        )
+
+
+def _misspelled(env: Mapping[str, str]) -> list[str]:
+    known = [variable.name for variable in VARIABLES if variable.name.startswith("TFT_")]
+    internal = {"TFT_EVENTS", "TFT_ATTEMPT", "TFT_FAILURES", "TFT_SANDBOX"}
+    found = []
+    for name in env:
+        if name.startswith("TFT_") and name not in known and name not in internal:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+            found.append(f"{name} is not a variable of this kit{hint}")
+    return found
+
+
+def _ranks(env: Mapping[str, str], problems: list[str]) -> int:
+    for name in ("TFT_RANKS_PER_NODE", "SLURM_GPUS_ON_NODE"):
+        value = env.get(name)
+        if not value:
+            continue
+        if re.fullmatch(r"[1-9]\d*", value):
+            return int(value)
+        problems.append(f"{name} must be a number of ranks from 1 up, not {value!r}")
+    return DEFAULT_RANKS
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) >= 0
+    except ValueError:
+        return False

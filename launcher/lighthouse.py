@@ -1,0 +1,258 @@
+"""Where the lighthouse is, whether it answers, and which run it serves.
+
+A lighthouse is found through files on the shared file system, one folder for each
+(``outputs/torchft/lighthouses/<host>-<port>/``). One lighthouse serves one run: two
+runs on it would form one quorum of different models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from launcher.model import BlindError, KitError, UsageError
+from launcher.rundir import Outputs, create_once, read_json, replace
+from launcher.slurm import Slurm
+
+#: Seconds after which a left-over claim lock is taken to be a dead process's.
+STALE_LOCK = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """A published lighthouse (``address.json``)."""
+
+    url: str
+    host: str
+    """Host name of the machine it runs on."""
+    port: int
+    pid: int
+    """Process id of its supervisor there."""
+    process_started: float
+    """Start time of that process, Unix seconds: process ids are reused."""
+    user: str
+    started: float
+
+
+class LighthouseDir:
+    """The files of one lighthouse."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.log = path / "lighthouse.log"
+        self.supervisor_log = path / "supervisor.log"
+
+    @classmethod
+    def of(cls, outputs: Outputs, url: str) -> LighthouseDir:
+        host, port = split(url)
+        return cls(outputs.lighthouses / f"{host}-{port}")
+
+    @property
+    def _address(self) -> Path:
+        return self.path / "address.json"
+
+    @property
+    def _claim(self) -> Path:
+        return self.path / "claim.json"
+
+    def publish(self, address: Address) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace(self._address, json.dumps(asdict(address), indent=2) + "\n")
+
+    def unpublish(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._address.unlink()
+
+    def address(self) -> Address | None:
+        raw = read_json(self._address)
+        try:
+            return None if raw is None else Address(**raw)
+        except TypeError as error:
+            raise KitError(f"{self._address} is not a lighthouse's address: {error}") from error
+
+    def claimed_by(self) -> int | None:
+        """Array job id of the run that this lighthouse serves, or served last."""
+        raw = read_json(self._claim)
+        return None if raw is None else int(raw["array_job_id"])
+
+    def claim(self, array_job_id: int, slurm: Slurm) -> None:
+        """Make this lighthouse serve the run of ``array_job_id``.
+
+        Raises:
+            UsageError: it serves another run that is still in Slurm's queue.
+            BlindError: it served another run, and Slurm cannot be asked whether that ended.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"array_job_id": array_job_id, "claimed": time.time()}) + "\n"
+        if create_once(self._claim, content) or self.claimed_by() == array_job_id:
+            return
+        with self._lock():
+            other = self.claimed_by()
+            if other is not None and other != array_job_id:
+                if any(job.live for job in slurm.jobs(other)):
+                    raise UsageError(
+                        f"the lighthouse {self.path.name} already serves run tft-{other}, which is "
+                        "still in the queue: two runs on one lighthouse would train as one. Wait for "
+                        f"it, `scancel {other}`, or start a second lighthouse (`python -m launcher "
+                        "lighthouse up --port 29511`) and set TORCHFT_LIGHTHOUSE to its address"
+                    )
+            replace(self._claim, content)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Mutual exclusion over the shared file system: making a folder is atomic there."""
+        lock = self.path / "claim.lock"
+        deadline = time.monotonic() + STALE_LOCK
+        while True:
+            try:
+                lock.mkdir()
+                break
+            except FileExistsError:
+                with contextlib.suppress(OSError):
+                    if time.time() - lock.stat().st_mtime > STALE_LOCK:
+                        lock.rmdir()
+                        continue
+                if time.monotonic() > deadline:
+                    raise KitError(f"{lock} is held; remove it if no task is starting") from None
+                time.sleep(0.1)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.rmdir()
+
+
+def discover(outputs: Outputs, by_hand: str) -> str:
+    """URL of the lighthouse to use: the one set by hand, else the one published.
+
+    Raises:
+        UsageError: none is published, or several are.
+    """
+    if by_hand:
+        return by_hand
+    published = [
+        address.url
+        for path in sorted(outputs.lighthouses.glob("*/address.json"))
+        if (address := LighthouseDir(path.parent).address()) is not None
+    ]
+    if len(published) == 1:
+        return published[0]
+    if published:
+        raise UsageError(
+            f"several lighthouses are published ({', '.join(published)}): "
+            "set TORCHFT_LIGHTHOUSE to the one to use"
+        )
+    raise UsageError(
+        f"no lighthouse is published under {outputs.lighthouses}: run "
+        "`python -m launcher lighthouse up --detach` on the login node, or set TORCHFT_LIGHTHOUSE"
+    )
+
+
+def split(url: str) -> tuple[str, int]:
+    """Host and port of ``http://host:port``.
+
+    Raises:
+        UsageError: it is not such an address.
+    """
+    parts = urllib.parse.urlsplit(url)
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise UsageError(f"{url!r} is not a lighthouse address: {error}") from error
+    if parts.scheme not in ("http", "https") or not host or not port:
+        raise UsageError(f"{url!r} is not a lighthouse address like http://host:29510")
+    return host, port
+
+
+def answers(url: str, timeout: float = 3.0) -> str | None:
+    """None when something accepts connections at ``url``, else why not."""
+    host, port = split(url)
+    try:
+        with socket.create_connection((host, port), timeout=timeout):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def require_answer(url: str, *, patience: float = 0.0) -> None:
+    """Check that the lighthouse accepts connections from here.
+
+    Raises:
+        UsageError: it did not within ``patience`` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while (problem := answers(url)) is not None:
+        if time.monotonic() >= deadline:
+            raise UsageError(
+                f"the lighthouse {url} cannot be reached from {socket.gethostname()} ({problem}): "
+                "`python -m launcher lighthouse status` on the login node tells whether it runs; "
+                "`lighthouse up --host ADDRESS` publishes another of its addresses"
+            )
+        time.sleep(0.2)
+
+
+def port_holder(port: int) -> str:
+    """Who listens on TCP ``port`` here, in words; empty when nobody does."""
+    import psutil  # only needed when something is in the way
+
+    try:
+        listening = [
+            connection
+            for connection in psutil.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        ]
+    except (psutil.Error, OSError):
+        return "a process that cannot be seen from here"
+    if not listening:
+        return ""
+    pid = next((c.pid for c in listening if c.pid), None)
+    try:
+        if pid is None:
+            return "a process of another user"
+        process = psutil.Process(pid)
+        return f"pid {pid} of {process.username()} ({' '.join(process.cmdline())[:120]})"
+    except psutil.Error:
+        return f"pid {pid}"
+
+
+def alive(address: Address) -> bool:
+    """Whether the supervisor of ``address`` runs on this machine.
+
+    Raises:
+        BlindError: it was started on another machine, which cannot be seen from here.
+    """
+    import psutil
+
+    if address.host != socket.gethostname():
+        raise BlindError(
+            f"that lighthouse was started on {address.host}; ask there "
+            f"(this is {socket.gethostname()})"
+        )
+    try:
+        process = psutil.Process(address.pid)
+        return abs(process.create_time() - address.process_started) < 2.0
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Poll ``condition`` for at most ``seconds``; its last answer."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() >= deadline:
+            return condition()
+        time.sleep(0.05)
+    return True
+
+
+def own_process_start(pid: int | None = None) -> float:
+    import psutil
+
+    return float(psutil.Process(pid or os.getpid()).create_time())

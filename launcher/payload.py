@@ -1,0 +1,117 @@
+"""Runs torchrun as a child: forwards signals, keeps its exit code, says who failed and why."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+#: Signals that Slurm or a person sends to a task, and that its ranks should see.
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+#: Of those, the ones that ask the task to end.
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+#: Seconds that torchrun gets to end its ranks; below Slurm's KillWait default of 30.
+GRACE = 20.0
+
+
+class Payload:
+    """One torchrun, from start to exit code."""
+
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
+        self._argv = list(argv)
+        self._env = dict(env)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.stopped_by: signal.Signals | None = None
+        self._kill_at: float | None = None
+
+    def run(self) -> int:
+        """Run to the end.
+
+        Returns:
+            torchrun's exit code; 128 + n when signal n ended it, or ended us.
+        """
+        previous = {number: signal.signal(number, self._forward) for number in FORWARDED}
+        try:
+            self._process = subprocess.Popen(
+                self._argv, env=self._env, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+            if self.stopped_by is not None:
+                self._send(self.stopped_by)  # it came between the two lines above
+            code = self._wait(self._process)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if self.stopped_by is not None:
+            return 128 + int(self.stopped_by)
+        return 128 - code if code < 0 else code
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        while True:
+            try:
+                return process.wait(timeout=0.5)
+            except subprocess.TimeoutExpired:
+                if self._kill_at is not None and time.monotonic() > self._kill_at:
+                    self._send(signal.SIGKILL)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if number in ENDING and self.stopped_by is None:
+            self.stopped_by = signal.Signals(number)
+            self._kill_at = time.monotonic() + GRACE
+        self._send(signal.Signals(number))
+
+    def _send(self, number: signal.Signals) -> None:
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        try:
+            if number == signal.SIGKILL:
+                os.killpg(process.pid, number)  # its ranks follow by their parent-death signal
+            else:
+                process.send_signal(number)
+        except ProcessLookupError:
+            pass
+
+
+def why(failures: Path) -> str:
+    """Which rank failed first and how, from what torchrun left in ``failures``."""
+    try:
+        records: list[dict[str, Any]] = json.loads(failures.read_text(encoding="utf-8"))
+        first = min(records, key=lambda record: float(record["time"]))
+        code = int(first["exit_code"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "torchrun itself failed; see the lines above"
+    how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}"
+    message = str(first.get("message", ""))
+    because = f": {message}" if message and not message.startswith("Signal ") else ""
+    others = f" ({len(records) - 1} more ended with it)" if len(records) > 1 else ""
+    return f"rank {first['rank']} (pid {first['pid']}) {how}{because}{others}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def timestamp() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def say(line: str) -> None:
+    """One stamped line in the task's log, ``[2025-07-16 13:51:42] …``."""
+    print(f"[{timestamp()}] {line}", flush=True)
+
+
+def complain(line: str) -> None:
+    """One stamped line in the task's error log."""
+    sys.stdout.flush()
+    print(f"[{timestamp()}] {line}", file=sys.stderr, flush=True)

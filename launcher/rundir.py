@@ -1,0 +1,213 @@
+"""One run, one directory: the only owner of paths below ``outputs/``.
+
+::
+
+    outputs/torchft/
+      .slurm/                     where Slurm itself opens the logs (it makes no folders)
+      lighthouses/<host>-<port>/  address.json, claim.json, lighthouse.log while unclaimed
+      tft-<A>/                    one run: the array job <A>
+        run.json                  manifest, written once by whoever comes first
+        lighthouse.log            what the lighthouse said while it served this run
+        tft-<A>_<a>.out / .err    logs of replica group <a>, all attempts, appended
+        tft-<A>_<a>.events.jsonl  its structured events
+        ranks/<a>.<attempt>/      full output of every rank, by torchrun
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from launcher.model import KitError, UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What is fixed for the whole life of a run (``run.json``)."""
+
+    run: str
+    array_job_id: int
+    group_size: int
+    """Number of replica groups; the data is split by it."""
+    ranks_per_group: int
+    config: str
+    """Path of the torchtitan config file, as given."""
+    extra_args: tuple[str, ...] = ()
+    lighthouse: str = ""
+    steps: int | None = None
+    """Last step, when the configuration says it."""
+    submitted_by: str = ""
+    created: float = 0.0
+    """Unix seconds."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The configuration as parsed, for reports."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def lighthouse_log(self) -> Path:
+        return self.path / "lighthouse.log"
+
+    def log(self, replica: int, stream: str) -> Path:
+        """Text log of a replica group; ``stream`` is ``"out"`` or ``"err"``."""
+        return self.path / f"{self.name}_{replica}.{stream}"
+
+    def events(self, replica: int) -> Path:
+        return self.path / f"{self.name}_{replica}.events.jsonl"
+
+    def ranks(self, replica: int, attempt: int) -> Path:
+        return self.path / "ranks" / f"{replica}.{attempt}"
+
+    def failures(self, replica: int, attempt: int) -> Path:
+        return self.ranks(replica, attempt) / "failures.json"
+
+    def create(self, manifest: Manifest) -> Manifest:
+        """Write the manifest unless there is one; return the one that stands.
+
+        Several replica groups may do this at the same moment: one wins, whole.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        create_once(self.manifest_path, json.dumps(asdict(manifest), indent=2, default=str) + "\n")
+        return self.manifest()
+
+    def manifest(self) -> Manifest:
+        """Read the manifest.
+
+        Raises:
+            UsageError: there is none, or it is not one of ours.
+        """
+        raw = read_json(self.manifest_path)
+        if raw is None:
+            raise UsageError(f"no run at {self.path}: {self.manifest_path.name} is missing")
+        known = {f.name for f in fields(Manifest)}
+        try:
+            values = {key: value for key, value in raw.items() if key in known}
+            values["extra_args"] = tuple(values.get("extra_args", ()))
+            return Manifest(**values)
+        except (TypeError, AttributeError) as error:
+            raise UsageError(f"{self.manifest_path} is not a run's manifest: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Everything below ``outputs/`` that this kit writes for torchft runs."""
+
+    root: Path
+
+    @property
+    def torchft(self) -> Path:
+        return self.root / "torchft"
+
+    @property
+    def lighthouses(self) -> Path:
+        return self.torchft / "lighthouses"
+
+    def run_of_array(self, array_job_id: int) -> RunDir:
+        return RunDir(self.torchft / f"tft-{array_job_id}")
+
+    def runs(self) -> list[RunDir]:
+        """Runs that have a manifest, oldest first."""
+        found = [RunDir(path.parent) for path in self.torchft.glob("tft-*/run.json")]
+        return sorted(found, key=lambda run: (run.manifest().created, run.name))
+
+    def find(self, name: str | None) -> RunDir:
+        """A run by name (``tft-12``), array job id (``12``) or path; None: the newest.
+
+        Raises:
+            UsageError: there is no such run; the message lists those there are.
+        """
+        runs = self.runs()
+        if name is None:
+            if runs:
+                return runs[-1]
+            raise UsageError(f"no runs under {self.torchft}: submit one first")
+        for run in runs:
+            if name in (run.name, run.name.removeprefix("tft-"), str(run.path)):
+                return run
+        direct = RunDir(Path(name))
+        if direct.manifest_path.is_file():
+            return direct
+        known = ", ".join(run.name for run in runs[-5:]) or "none yet"
+        raise UsageError(f"no run {name!r} under {self.torchft}; the newest are: {known}")
+
+
+def create_once(path: Path, content: str) -> bool:
+    """Create ``path`` whole, or leave the one that is there; True when it was ours.
+
+    Works on NFS, where exclusive creation and writing are two steps: a complete file
+    is linked into place.
+    """
+    temporary = _write_temporary(path, content)
+    try:
+        os.link(temporary, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(temporary)
+
+
+def replace(path: Path, content: str) -> None:
+    """Write ``path`` whole or not at all."""
+    temporary = _write_temporary(path, content)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in ``path``; None when there is no such file.
+
+    Raises:
+        KitError: it is there and cannot be read or is not JSON.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise KitError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise KitError(f"{path} is not a JSON object")
+    return value
+
+
+def _write_temporary(path: Path, content: str) -> str:
+    try:
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(fd, "w", encoding="utf-8") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise KitError(f"cannot write {path}: {error.strerror}") from error
+    return temporary

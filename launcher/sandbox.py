@@ -1,0 +1,380 @@
+"""A real Slurm on one machine: munged, slurmctld and several slurmd, in one folder.
+
+Every part runs from that folder, with its own sockets, keys and free ports, so that a
+Slurm or munge already on the machine is never touched. For demos, drills and tests; a
+real job script with eight GPUs and 128 CPUs schedules on it as on a cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from launcher.lighthouse import wait_until
+from launcher.model import KitError, UsageError
+from launcher.process import run
+from launcher.rundir import read_json
+from launcher.slurm import Slurm
+
+#: Unix socket paths are limited to 108 bytes: the folder's own path must be short.
+DEFAULT_FOLDER = Path("/run/tft-sandbox")
+#: Debian's and Ubuntu's packages of the parts.
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sinfo", "scancel")
+
+CPUS, GPUS, MEMORY_MB = 128, 8, 1_000_000
+#: Slurm's requeue delay is this plus one second (120 by default).
+CRED_EXPIRE = 5
+#: Seconds for each daemon to come up, and to go down.
+START_SECONDS, STOP_SECONDS = 15.0, 8.0
+
+#: What a shell sets to use this kit in the sandbox: a CPU model in place of the GPUs'.
+JOB_SETTINGS = {
+    "TFT_CONFIG": "configs/debug-cpu.toml",
+    "TFT_DEVICE": "cpu",
+    "TFT_RANKS_PER_NODE": "2",
+    "TFT_INTERFACE": "lo",
+    "TFT_NODE_ADDRESS": "127.0.0.1",
+    "TFT_LIGHTHOUSE_HOST": "127.0.0.1",
+    "TFT_WEIGHT_HASH_EVERY": "1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """One program of the sandbox, by pid and start time (ids are reused)."""
+
+    name: str
+    pid: int
+    started: float
+
+    def alive(self) -> bool:
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.started) < 2.0
+            return same and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+class Sandbox:
+    """The sandbox in ``folder``."""
+
+    def __init__(
+        self, folder: Path = DEFAULT_FOLDER, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.folder = folder
+        self._say = say
+
+    @property
+    def conf(self) -> Path:
+        return self.folder / "slurm.conf"
+
+    def environment(self) -> dict[str, str]:
+        """What to set in a shell so that Slurm's commands and the kit use this sandbox."""
+        return {"SLURM_CONF": str(self.conf), **JOB_SETTINGS}
+
+    def slurm(self) -> Slurm:
+        """Slurm's commands, aimed at this sandbox whatever the environment says."""
+        setting = f"SLURM_CONF={self.conf}"
+        return Slurm(lambda argv: run(["env", setting, *argv]))
+
+    def up(self, nodes: int = 3) -> None:
+        """Bring the sandbox up; does nothing when it is up with as many nodes.
+
+        Raises:
+            UsageError: not root, a program is missing, or it is up with another size.
+            KitError: a daemon does not come up; the message ends with its log's last words.
+        """
+        self._require(nodes)
+        if self._daemons():
+            if self.running() and self._size() == nodes:
+                return
+            if self.running():
+                raise UsageError(
+                    f"the sandbox in {self.folder} is up with {self._size()} nodes, not {nodes}: "
+                    "run `python -m launcher sandbox down` first"
+                )
+            self.down()
+        try:
+            self._start(nodes)
+        except BaseException:
+            self.down()
+            raise
+
+    def running(self) -> bool:
+        daemons = self._daemons()
+        return bool(daemons) and all(daemon.alive() for daemon in daemons)
+
+    def down(self) -> bool:
+        """End every process of the sandbox and remove its folder; False when there was none.
+
+        Jobs first, as a controller that is asked nicely ends them cleanly; then the
+        daemons; then whatever a job left behind.
+        """
+        if not self.folder.exists():
+            return False
+        if self.running():
+            with contextlib.suppress(KitError):
+                run(["env", f"SLURM_CONF={self.conf}", "scancel", "--user", getpass.getuser()], 5.0)
+        daemons = self._daemons()
+        # The controller first: it must not requeue what the nodes' end will kill.
+        for daemon in sorted(daemons, key=lambda d: d.name != "slurmctld"):
+            _end(daemon)
+        for process in self._job_processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return True
+
+    # -- starting ---------------------------------------------------------------
+
+    def _require(self, nodes: int) -> None:
+        if os.geteuid() != 0:
+            raise UsageError("the sandbox starts Slurm's daemons, which needs root: use sudo")
+        missing = [program for program in PROGRAMS if shutil.which(program) is None]
+        if missing:
+            raise UsageError(
+                f"not installed: {', '.join(missing)}; `python -m launcher sandbox install` "
+                f"installs {' '.join(PACKAGES)}"
+            )
+        if not 1 <= nodes <= 64:
+            raise UsageError(f"a sandbox has 1 to 64 nodes, not {nodes}")
+        if len(str(self.folder)) > 60:
+            raise UsageError(
+                f"{self.folder} is too long a path for the sandbox's sockets: choose a shorter one"
+            )
+
+    def _start(self, nodes: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        os.chmod(self.folder, 0o755)  # noqa: S103 - munge checks that others cannot write
+        (self.folder / "daemons.json").write_text("[]")
+        for name in ("munge", "ctld", "log", "gpus"):
+            (self.folder / name).mkdir(exist_ok=True)
+        self._make_gpus()
+        self._start_munge()
+        with _free_ports(nodes + 1) as ports:
+            self._write_configuration(nodes, ports)
+        self._launch("slurmctld", ["slurmctld", "-D", "-i"])
+        for number in range(nodes):
+            name = f"worker-{number}"
+            (self.folder / "spool" / name).mkdir(parents=True, exist_ok=True)
+            self._launch(name, ["slurmd", "-D", "-N", name])
+        self._wait_until_idle(nodes)
+
+    def _make_gpus(self) -> None:
+        for index in range(GPUS):
+            device = self.folder / "gpus" / f"gpu{index}"
+            if not device.exists():
+                # gres.conf wants character devices; these are further /dev/nulls.
+                os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+
+    def _start_munge(self) -> None:
+        folder = self.folder / "munge"
+        os.chmod(folder, 0o755)  # noqa: S103
+        key = folder / "key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o400)
+        paths = [f"--{kind}={folder / kind}" for kind in ("pid-file", "seed-file")]
+        argv = ["munged", "--foreground", f"--key-file={key}", f"--socket={self._munge_socket}"]
+        self._launch("munged", [*argv, *paths, "--num-threads=2", "--force"])
+        if not wait_until(self._munge_socket.exists, START_SECONDS):
+            raise self._did_not_start("munged")
+
+    @property
+    def _munge_socket(self) -> Path:
+        return self.folder / "munge" / "socket"
+
+    def _write_configuration(self, nodes: int, ports: list[int]) -> None:
+        names = f"worker-[0-{nodes - 1}]" if nodes > 1 else "worker-0"
+        host = socket.gethostname()
+        auth = f"socket={self._munge_socket}"
+        lines = [
+            "ClusterName=tft-sandbox",
+            f"SlurmctldHost={host}(127.0.0.1)",
+            f"SlurmctldPort={ports[0]}",
+            "SlurmUser=root",
+            "SlurmdUser=root",
+            "AuthType=auth/munge",
+            f"AuthInfo={auth},cred_expire={CRED_EXPIRE}",
+            f"StateSaveLocation={self.folder / 'ctld'}",
+            f"SlurmdSpoolDir={self.folder / 'spool' / '%n'}",
+            f"SlurmctldPidFile={self.folder / 'slurmctld.pid'}",
+            f"SlurmdPidFile={self.folder / 'slurmd-%n.pid'}",
+            f"SlurmctldLogFile={self.folder / 'log' / 'slurmctld.log'}",
+            f"SlurmdLogFile={self.folder / 'log' / '%n.log'}",
+            "SlurmdParameters=config_overrides",
+            "SelectType=select/cons_tres",
+            "SelectTypeParameters=CR_Core",
+            "GresTypes=gpu",
+            "TaskPlugin=task/none",
+            "ProctrackType=proctrack/linuxproc",
+            "JobAcctGatherType=jobacct_gather/none",
+            "AccountingStorageType=accounting_storage/none",
+            "MpiDefault=none",
+            "SwitchType=switch/none",
+            "ReturnToService=1",
+            "KillWait=5",
+            "SlurmdTimeout=15",
+            "InactiveLimit=0",
+            "MinJobAge=3600",
+            "SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,sched_interval=1,"
+            "bf_interval=1",
+        ]
+        for number, port in enumerate(ports[1:]):
+            lines.append(
+                f"NodeName=worker-{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
+                f"CPUs={CPUS} RealMemory={MEMORY_MB} Gres=gpu:{GPUS} State=UNKNOWN"
+            )
+        lines.append(f"PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP")
+        self.conf.write_text("\n".join(lines) + "\n")
+        (self.folder / "gres.conf").write_text(
+            f"NodeName={names} Name=gpu File={self.folder / 'gpus'}/gpu[0-{GPUS - 1}]\n"
+        )
+        # Tracking by process family only: no cgroup of this machine is touched.
+        (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
+        (self.folder / "nodes.json").write_text(json.dumps({"nodes": nodes}))
+
+    def _launch(self, name: str, argv: list[str]) -> None:
+        with (self.folder / "log" / f"{name}.start").open("wb") as log:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=_daemon_environment(self.conf),
+                cwd="/",
+                start_new_session=True,
+            )
+        daemon = Daemon(name, process.pid, psutil.Process(process.pid).create_time())
+        records = [*self._daemons(), daemon]
+        text = json.dumps([[d.name, d.pid, d.started] for d in records])
+        (self.folder / "daemons.json").write_text(text)
+        if wait_until(lambda: process.poll() is not None, 0.05):
+            raise self._did_not_start(name)
+
+    def _wait_until_idle(self, nodes: int) -> None:
+        slurm = self.slurm()
+
+        def idle() -> bool:
+            with contextlib.suppress(KitError):
+                return sum(node.state == "idle" for node in slurm.nodes()) == nodes
+            return False
+
+        if not wait_until(idle, START_SECONDS):
+            raise self._did_not_start("slurmctld")
+
+    def _did_not_start(self, name: str) -> KitError:
+        words = []
+        for path in (self.folder / "log").glob(f"{name}.*"):
+            words += path.read_text(errors="replace").splitlines()[-5:]
+        return KitError(f"{name} of the sandbox did not come up: " + " | ".join(words or ["no log"]))
+
+    # -- looking ----------------------------------------------------------------
+
+    def _daemons(self) -> list[Daemon]:
+        try:
+            records = json.loads((self.folder / "daemons.json").read_text())
+            return [Daemon(name, pid, started) for name, pid, started in records]
+        except (FileNotFoundError, ValueError):
+            return []
+
+    def _size(self) -> int:
+        raw = read_json(self.folder / "nodes.json") or {}
+        return int(raw.get("nodes", 0))
+
+    def _job_processes(self) -> Iterator[psutil.Process]:
+        """Processes of this sandbox's jobs, known by the environment Slurm gave them."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.pid == os.getpid():
+                    continue
+                env = process.environ()
+                if env.get("SLURM_CONF") == str(self.conf) and "SLURM_JOB_ID" in env:
+                    yield process
+
+
+def install() -> None:
+    """Install Slurm and munge from the distribution's packages, without starting them.
+
+    Raises:
+        UsageError: not root, or not a Debian-like system.
+        KitError: apt failed; the message ends with its last words.
+    """
+    if all(shutil.which(program) for program in PROGRAMS):
+        return
+    if shutil.which("apt-get") is None:
+        raise UsageError(f"no apt-get here: install {' '.join(PACKAGES)} (or their like) by hand")
+    if os.geteuid() != 0:
+        raise UsageError(f"installing packages needs root: sudo apt-get install {' '.join(PACKAGES)}")
+    environment = ["env", "DEBIAN_FRONTEND=noninteractive"]
+    with _services_held_back():
+        run([*environment, "apt-get", "update", "-q"], 300.0)
+        flags = ["install", "-y", "-q", "--no-install-recommends"]
+        done = run([*environment, "apt-get", *flags, *PACKAGES], 600.0)
+    if done.code != 0:
+        raise KitError(f"apt-get failed: {' | '.join(done.err.splitlines()[-3:])}")
+
+
+@contextlib.contextmanager
+def _services_held_back() -> Iterator[None]:
+    """Keep the packages from starting system-wide daemons (Debian's policy-rc.d)."""
+    policy = Path("/usr/sbin/policy-rc.d")
+    ours = not policy.exists()
+    if ours:
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+    try:
+        yield
+    finally:
+        if ours:
+            policy.unlink(missing_ok=True)
+
+
+def _daemon_environment(conf: Path) -> dict[str, str]:
+    """A clean environment: nothing of the caller's Slurm job or shell leaks into nodes."""
+    kept = {key: os.environ[key] for key in ("PATH", "LANG", "HOME", "TZ") if key in os.environ}
+    sbin = "/usr/local/sbin:/usr/sbin:/sbin"
+    return {**kept, "PATH": f"{kept.get('PATH', '/usr/bin:/bin')}:{sbin}", "SLURM_CONF": str(conf)}
+
+
+def _end(daemon: Daemon) -> None:
+    """TERM, then KILL; only when the process is still the one we started."""
+    if not daemon.alive():
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(daemon.pid, signal.SIGTERM)
+    if not wait_until(lambda: not daemon.alive(), STOP_SECONDS):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(daemon.pid, signal.SIGKILL)
+        wait_until(lambda: not daemon.alive(), STOP_SECONDS)
+    with contextlib.suppress(ChildProcessError, OSError):
+        os.waitpid(daemon.pid, os.WNOHANG)
+
+
+@contextlib.contextmanager
+def _free_ports(count: int) -> Iterator[list[int]]:
+    """Ports nobody listens on, held until the block is left."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        yield [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+

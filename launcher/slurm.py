@@ -1,0 +1,160 @@
+"""The only place that runs Slurm commands. It parses what they say, or raises.
+
+"Could not ask" is a ``BlindError`` and never an empty answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launcher.model import BlindError, KitError
+from launcher.process import Completed, Run, run
+
+#: States after which a job will not run again by itself.
+FINAL_STATES = frozenset(
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
+)
+
+
+class SlurmError(KitError):
+    """Slurm answered, and refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One array task (or plain job), as squeue shows it."""
+
+    job_id: int
+    array_job_id: int
+    task: int | None
+    """Index in its array; None for a job that is no array task."""
+    state: str
+    node: str
+    reason: str
+
+    @property
+    def live(self) -> bool:
+        return self.state not in FINAL_STATES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One node, as sinfo shows it."""
+
+    name: str
+    state: str
+    reason: str
+
+    @property
+    def up(self) -> bool:
+        return not re.match(r"down|drain|drng|fail|unk|boot|power|maint", self.state)
+
+
+class Slurm:
+    """Slurm's commands, with an injected way to run them."""
+
+    def __init__(self, run: Run = run) -> None:
+        self._run = run
+
+    def jobs(self, job_id: int) -> list[Job]:
+        """Array tasks of ``job_id``, finished ones too while Slurm remembers them.
+
+        Returns:
+            One entry a task; empty when the controller answered that it knows no such job.
+
+        Raises:
+            BlindError: the controller could not be asked.
+        """
+        argv = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={job_id}"]
+        done = self._run([*argv, "--format=%A|%F|%K|%T|%N|%r"])
+        if done.code != 0:
+            if "Invalid job id" in done.err:
+                return []
+            raise _blind(done)
+        return [_job(line) for line in done.out.splitlines() if line.strip()]
+
+    def nodes(self) -> list[Node]:
+        """Every node of the cluster once.
+
+        Raises:
+            BlindError: the controller could not be asked.
+        """
+        done = self._run(["sinfo", "--noheader", "--Node", "--format=%N|%t|%E"])
+        if done.code != 0:
+            raise _blind(done)
+        found: dict[str, Node] = {}
+        for line in done.out.splitlines():
+            name, _, rest = line.partition("|")
+            state, _, reason = rest.partition("|")
+            if name.strip():
+                found[name.strip()] = Node(
+                    name=name.strip(), state=state.strip(), reason=reason.strip()
+                )
+        return list(found.values())
+
+    def node_address(self, name: str) -> str:
+        """Address under which the cluster reaches node ``name`` (``NodeAddr``)."""
+        done = self._ok(["scontrol", "--oneliner", "show", "node", name])
+        match = re.search(r"\bNodeAddr=(\S+)", done.out)
+        if match is None:
+            raise BlindError(f"scontrol shows no address for node {name}: {done.out.strip()[:200]}")
+        return match[1]
+
+    def hostnames(self, nodelist: str) -> list[str]:
+        """Names in a compressed node list such as ``worker-[0-3]``."""
+        return self._ok(["scontrol", "show", "hostnames", nodelist]).out.split()
+
+    def submit(self, flags: Sequence[str], script: str) -> int:
+        """Submit ``script``; returns the job's (or array's) id."""
+        done = self._ok(["sbatch", "--parsable", *flags, script])
+        match = re.match(r"(\d+)", done.out.strip())
+        if match is None:
+            raise SlurmError(f"sbatch did not answer with a job id: {done.out.strip()!r}")
+        return int(match[1])
+
+    def set_node_state(self, name: str, state: str, reason: str = "") -> None:
+        """``scontrol update NodeName=… State=…``; needs an operator's rights."""
+        argv = ["scontrol", "update", f"NodeName={name}", f"State={state}"]
+        self._ok([*argv, f"Reason={reason}"] if reason else argv)
+
+    def cancel(self, job_id: int) -> None:
+        self._ok(["scancel", str(job_id)])
+
+    def _ok(self, argv: Sequence[str]) -> Completed:
+        done = self._run(argv)
+        if done.code != 0:
+            if _unreachable(done.err):
+                raise _blind(done)
+            said = (done.err or done.out).strip()
+            raise SlurmError(f"{' '.join(argv)}: {said or f'exit code {done.code}'}")
+        return done
+
+
+def _job(line: str) -> Job:
+    parts = line.split("|", 5)
+    if len(parts) != 6:
+        raise BlindError(f"squeue printed a line that is not understood: {line!r}")
+    job_id, array, task, state, node, reason = (part.strip() for part in parts)
+    return Job(
+        job_id=int(job_id),
+        array_job_id=int(array) if array.isdigit() else int(job_id),
+        task=int(task) if task.isdigit() else None,
+        state=state,
+        node=node,
+        reason=reason,
+    )
+
+
+def _unreachable(stderr: str) -> bool:
+    signs = ("Unable to contact slurm controller", "Socket timed out", "Connection refused")
+    return any(sign in stderr for sign in signs)
+
+
+def _blind(done: Completed) -> BlindError:
+    said = (done.err or done.out).strip().splitlines()
+    return BlindError(
+        f"{done.argv[0]} could not be asked (exit code {done.code}): "
+        f"{said[-1] if said else 'it printed nothing'}"
+    )

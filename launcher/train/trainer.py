@@ -1,0 +1,109 @@
+"""torchtitan's fault-tolerant trainer, with what this kit corrects and records."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torchtitan.experiments.ft.train as ft_train
+from torchtitan.components.ft import FTManager
+from torchtitan.config import JobConfig
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.logging import logger
+
+from launcher.train import data, spec
+from launcher.train.checkpoint import ReplicaCheckpointManager
+from launcher.train.metrics import ReplicaMetricsProcessor
+from launcher.train.recorder import Recorder
+from launcher.train.weights import weight_hash
+
+
+class ReplicaFTManager(FTManager):
+    """Keeps torchtitan from summing the loss over replica groups; our metrics
+    processor averages it (see ``ReplicaMetricsProcessor``)."""
+
+    @property
+    def loss_sync_pg(self) -> None:
+        return None
+
+
+class ReplicaTrainer(ft_train.FTTrainer):
+    """One rank of a replica group (or of a classic job, with fault tolerance off)."""
+
+    metrics_processor: ReplicaMetricsProcessor
+
+    def __init__(self, job_config: JobConfig) -> None:
+        self._recorder = Recorder.from_environment()
+        self._recorder.attach_to_torchft()
+        self._recorder.record("start", pid=os.getpid())
+        self._hash_every = int(os.environ.get("TFT_WEIGHT_HASH_EVERY", "0"))
+        self._hash_every = self._hash_every or job_config.metrics.log_freq
+        self._pace = float(os.environ.get("TFT_MIN_STEP_SECONDS", "0"))
+        self._timeout_reduced = False
+        spec.adapt(job_config)
+        data.register()
+        super().__init__(job_config)
+        self.metrics_processor.ft_manager = self.ft_manager
+        self.metrics_processor.recorder = self._recorder
+        if self._manager is not None:
+            # Rides along with torchft's own state transfer: the healed side learns of it.
+            self._manager.register_state_dict_fn("tft", self._on_heal, self._heal_note)
+        self._recorder.record("ready")
+
+    @property
+    def _manager(self) -> Any:
+        ft_manager = self.ft_manager
+        return ft_manager.manager if ft_manager is not None and ft_manager.enabled else None
+
+    def train_step(
+        self, data_iterator: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]
+    ) -> None:
+        started = time.monotonic()
+        super().train_step(data_iterator)
+        self._record_weights()
+        self._reduce_timeout_after_heal()
+        if self._pace:
+            time.sleep(max(0.0, self._pace - (time.monotonic() - started)))
+
+    def close(self) -> None:
+        self._recorder.record("end", titan_step=getattr(self, "step", None))
+        super().close()
+
+    def _record_weights(self) -> None:
+        """Log the hash of this rank's weights with the manager's step, the only step
+        count by which replica groups can be compared (torchtitan's advances on failed
+        commits too)."""
+        manager = self._manager
+        step = self.step if manager is None else manager.current_step()
+        if step % self._hash_every == 0 and step != getattr(self, "_hashed_step", None):
+            self._hashed_step = step
+            self._recorder.record("weights", step=step, hash=weight_hash(self.model_parts))
+
+    def _reduce_timeout_after_heal(self) -> None:
+        """Works around: torchtitan lowers its process groups' timeout after step 1
+        only, and a restarted replica heals past step 1; it would keep the long
+        start-up timeout for the rest of its life."""
+        if not self._timeout_reduced and self.step != 1:
+            seconds = self.job_config.comm.train_timeout_seconds
+            dist_utils.set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
+        self._timeout_reduced = True
+
+    def _heal_note(self) -> dict[str, int]:
+        return {"replica": self._recorder.replica}
+
+    def _on_heal(self, note: dict[str, int]) -> None:
+        step = self._manager.current_step()
+        self._recorder.record("heal", step=step, source=note["replica"])
+        logger.info(f"healed: took the state of replica {note['replica']} at step {step}")
+
+
+def run() -> None:
+    """Train as torchtitan's command line says (``sys.argv``)."""
+    # FTTrainer builds these two itself, by the names it imported.
+    ft_train.FTManager = ReplicaFTManager  # type: ignore[misc]
+    ft_train.CheckpointManager = ReplicaCheckpointManager  # type: ignore[misc]
+    ft_train.main(ReplicaTrainer)
