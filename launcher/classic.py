@@ -59,7 +59,9 @@ def run_classic(env: Mapping[str, str], slurm: Slurm) -> int:
     if payload.stopped_by is not None:
         complain(f"node {node_rank} on {node} was stopped by {payload.stopped_by.name}")
     elif code != 0:
-        complain(f"node {node_rank} on {node} failed: {why(failures)}; every rank's output: {ranks}")
+        complain(
+            f"node {node_rank} on {node} failed: {why(failures)}; every rank's output: {ranks}"
+        )
     return code
 
 

@@ -42,6 +42,7 @@ HostOption = Annotated[
 FolderOption = Annotated[Path, typer.Option("--dir", help="The sandbox's own folder.")]
 OUTPUTS = Path("outputs")
 SANDBOX = Path("/run/tft-sandbox")
+DEMO = Path("/run/tft-demo")
 
 
 @lighthouse_app.command("up")
@@ -49,9 +50,7 @@ def lighthouse_up(
     outputs: OutputsOption = OUTPUTS,
     host: HostOption = "",
     port: PortOption = 29510,
-    bind: Annotated[
-        str, typer.Option(help="Address to listen on; default: every interface.")
-    ] = "",
+    bind: Annotated[str, typer.Option(help="Address to listen on; default: every interface.")] = "",
     min_replicas: Annotated[
         int, typer.Option(min=1, help="Replica groups below which nobody trains.")
     ] = 1,
@@ -230,7 +229,7 @@ def sandbox_install() -> None:
 @app.command()
 def demo(
     outputs: OutputsOption = OUTPUTS,
-    folder: FolderOption = SANDBOX,
+    folder: FolderOption = DEMO,
     steps: Annotated[int, typer.Option(min=60, help="Steps to train.")] = 120,
 ) -> None:
     """Lose a node and train on: the README's steps on a sandbox, with a verdict."""

@@ -44,10 +44,9 @@ class Torchrun:
             f"--nnodes={self.nodes}",
             *meeting,
             f"--nproc-per-node={self.ranks_per_node}",
-            # The console shows rank 0; every rank's output is kept under log_dir.
             "--role=rank",
-            "--local-ranks-filter=0",
-            "--tee=3",
+            # The console shows rank 0 alone; every rank's output is kept under log_dir.
+            *(["--local-ranks-filter=0", "--tee=3"] if self.node_rank == 0 else ["--redirects=3"]),
             f"--log-dir={self.log_dir}",
             "-m",
             "launcher.train",

@@ -110,7 +110,7 @@ VARIABLES = (
     ),
     Variable(
         name="TORCHFT_TIMEOUT_SEC",
-        default="60",
+        default="120",
         meaning="collectives, commits and state transfer between replica groups",
     ),
     Variable(

@@ -67,7 +67,8 @@ def _samples() -> list[str]:
         )
     whole = "".join(text)
     pieces = [
-        whole[start : start + SAMPLE_CHARACTERS] for start in range(0, len(whole), SAMPLE_CHARACTERS)
+        whole[start : start + SAMPLE_CHARACTERS]
+        for start in range(0, len(whole), SAMPLE_CHARACTERS)
     ]
     # A fixed shuffle, so that each rank's share is a mix and not one module's text.
     return sorted(pieces, key=lambda piece: hashlib.sha256(piece.encode()).digest())

@@ -22,7 +22,9 @@ from launcher.rundir import Outputs, create_once, read_json, replace
 from launcher.slurm import Slurm
 
 #: Seconds after which a left-over claim lock is taken to be a dead process's.
-STALE_LOCK = 30.0
+STALE_LOCK = 90.0
+#: Seconds that the tasks of a cancelled run get to end before their lighthouse is refused.
+COMPLETING_PATIENCE = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,14 +97,13 @@ class LighthouseDir:
             return
         with self._lock():
             other = self.claimed_by()
-            if other is not None and other != array_job_id:
-                if any(job.live for job in slurm.jobs(other)):
-                    raise UsageError(
-                        f"the lighthouse {self.path.name} already serves run tft-{other}, which is "
-                        "still in the queue: two runs on one lighthouse would train as one. Wait for "
-                        f"it, `scancel {other}`, or start a second lighthouse (`python -m launcher "
-                        "lighthouse up --port 29511`) and set TORCHFT_LIGHTHOUSE to its address"
-                    )
+            if other is not None and other != array_job_id and _in_queue(other, slurm):
+                raise UsageError(
+                    f"the lighthouse {self.path.name} already serves run tft-{other}, which is "
+                    "still in the queue: two runs on one lighthouse would train as one. Wait for "
+                    f"it, `scancel {other}`, or start a second lighthouse (`python -m launcher "
+                    "lighthouse up --port 29511`) and set TORCHFT_LIGHTHOUSE to its address"
+                )
             replace(self._claim, content)
 
     @contextlib.contextmanager
@@ -127,6 +128,16 @@ class LighthouseDir:
         finally:
             with contextlib.suppress(OSError):
                 lock.rmdir()
+
+
+def _in_queue(array_job_id: int, slurm: Slurm) -> bool:
+    """Whether Slurm may still run tasks of a run; one that is just ending is waited for."""
+    deadline = time.monotonic() + COMPLETING_PATIENCE
+    while live := [job for job in slurm.jobs(array_job_id) if job.live]:
+        if any(job.state != "COMPLETING" for job in live) or time.monotonic() > deadline:
+            return True
+        time.sleep(1.0)
+    return False
 
 
 def discover(outputs: Outputs, by_hand: str) -> str:
@@ -206,7 +217,9 @@ def port_holder(port: int) -> str:
         listening = [
             connection
             for connection in psutil.net_connections("tcp")
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+            if connection.status == psutil.CONN_LISTEN
+            and connection.laddr
+            and connection.laddr.port == port
         ]
     except (psutil.Error, OSError):
         return "a process that cannot be seen from here"

@@ -36,7 +36,8 @@ def main() -> None:
     path = str(native_module())
     loader = importlib.machinery.ExtensionFileLoader("_torchft", path)
     spec = importlib.util.spec_from_file_location("_torchft", path, loader=loader)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     signal.signal(signal.SIGINT, signal.SIG_DFL)

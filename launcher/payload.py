@@ -84,7 +84,7 @@ def why(failures: Path) -> str:
     """Which rank failed first and how, from what torchrun left in ``failures``."""
     try:
         records: list[dict[str, Any]] = json.loads(failures.read_text(encoding="utf-8"))
-        first = min(records, key=lambda record: float(record["time"]))
+        first = min(records, key=_rank_of_blame)
         code = int(first["exit_code"])
     except (OSError, ValueError, KeyError, TypeError):
         return "torchrun itself failed; see the lines above"
@@ -93,6 +93,19 @@ def why(failures: Path) -> str:
     because = f": {message}" if message and not message.startswith("Signal ") else ""
     others = f" ({len(records) - 1} more ended with it)" if len(records) > 1 else ""
     return f"rank {first['rank']} (pid {first['pid']}) {how}{because}{others}"
+
+
+def _rank_of_blame(record: dict[str, Any]) -> tuple[int, float]:
+    """Sorts the likely root cause first. torch stamps failures in whole seconds, so time
+    alone cannot tell a rank that was killed from the peers whose connections broke."""
+    code = int(record["exit_code"])
+    if code == -signal.SIGTERM:
+        order = 2  # torchrun ends the others so
+    elif code < 0:
+        order = 0  # killed from outside, or crashed: its peers fail because of it
+    else:
+        order = 1
+    return order, float(record["time"])
 
 
 def _signal_name(number: int) -> str:

@@ -50,7 +50,8 @@ def setting(settings: dict[str, Any], extra: Sequence[str], section: str, key: s
     for position, flag in enumerate(extra):
         name, separator, rest = flag.partition("=")
         if name in names:
-            value = rest if separator else (extra[position + 1 : position + 2] or [None])[0]
+            following = extra[position + 1] if position + 1 < len(extra) else None
+            value = rest if separator else following
     if value is not None:
         return value
     part = settings.get(section, {})
@@ -85,7 +86,9 @@ def _check_tokenizer(folder: Path, config: Path) -> None:
     if any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return
     remedy = (
-        "python -m launcher assets --debug" if "debug" in folder.parts else "python -m launcher assets"
+        "python -m launcher assets --debug"
+        if "debug" in folder.parts
+        else "python -m launcher assets"
     )
     raise UsageError(
         f"no tokenizer in {folder} (model.hf_assets_path of {config}): run `{remedy}` on the login "

@@ -62,9 +62,7 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
     return _train(env, site, manifest, run, task)
 
 
-def _train(
-    env: Mapping[str, str], site: Site, manifest: Manifest, run: RunDir, task: Task
-) -> int:
+def _train(env: Mapping[str, str], site: Site, manifest: Manifest, run: RunDir, task: Task) -> int:
     ranks = run.ranks(task.replica, task.attempt)
     ranks.mkdir(parents=True, exist_ok=True)
     torchrun = Torchrun(
@@ -78,9 +76,7 @@ def _train(
         group_size=manifest.group_size,
     )
     _note(run, task, "launch")
-    payload = Payload(
-        torchrun.argv(flags), replica_environment(env, site, manifest, run, task)
-    )
+    payload = Payload(torchrun.argv(flags), replica_environment(env, site, manifest, run, task))
     code = payload.run()
     name = f"replica {task.replica} (attempt {task.attempt}) on {task.node}"
     if payload.stopped_by is not None:

@@ -17,6 +17,7 @@ import signal
 import socket
 import stat
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +207,7 @@ class Sandbox:
             "ClusterName=tft-sandbox",
             f"SlurmctldHost={host}(127.0.0.1)",
             f"SlurmctldPort={ports[0]}",
+            f"FirstJobId={1 + int(time.time()) % 10_000_000}",  # never an earlier sandbox's id
             "SlurmUser=root",
             "SlurmdUser=root",
             "AuthType=auth/munge",
@@ -231,8 +233,10 @@ class Sandbox:
             "SlurmdTimeout=15",
             "InactiveLimit=0",
             "MinJobAge=3600",
-            "SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,sched_interval=1,"
-            "bf_interval=1",
+            (
+                "SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,sched_interval=1,"
+                "bf_interval=1"
+            ),
         ]
         for number, port in enumerate(ports[1:]):
             lines.append(
@@ -281,7 +285,9 @@ class Sandbox:
         words = []
         for path in (self.folder / "log").glob(f"{name}.*"):
             words += path.read_text(errors="replace").splitlines()[-5:]
-        return KitError(f"{name} of the sandbox did not come up: " + " | ".join(words or ["no log"]))
+        return KitError(
+            f"{name} of the sandbox did not come up: " + " | ".join(words or ["no log"])
+        )
 
     # -- looking ----------------------------------------------------------------
 
@@ -319,7 +325,9 @@ def install() -> None:
     if shutil.which("apt-get") is None:
         raise UsageError(f"no apt-get here: install {' '.join(PACKAGES)} (or their like) by hand")
     if os.geteuid() != 0:
-        raise UsageError(f"installing packages needs root: sudo apt-get install {' '.join(PACKAGES)}")
+        raise UsageError(
+            f"installing packages needs root: sudo apt-get install {' '.join(PACKAGES)}"
+        )
     environment = ["env", "DEBIAN_FRONTEND=noninteractive"]
     with _services_held_back():
         run([*environment, "apt-get", "update", "-q"], 300.0)
@@ -376,5 +384,3 @@ def _free_ports(count: int) -> Iterator[list[int]]:
     finally:
         for one in sockets:
             one.close()
-
-

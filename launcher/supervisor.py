@@ -62,7 +62,7 @@ class LighthouseSettings:
         return f"http://{self.host}:{self.port}"
 
     def flags(self) -> list[str]:
-        bind = self.bind or ("[::]" if socket.has_ipv6 and _ipv6_usable() else "0.0.0.0")
+        bind = self.bind or ("[::]" if socket.has_ipv6 and _ipv6_usable() else "0.0.0.0")  # noqa: S104
         return [
             f"--bind={bind}:{self.port}",
             f"--min_replicas={self.min_replicas}",
@@ -237,9 +237,7 @@ class Supervisor:
         child = self._child
         assert child is not None
         wait_until(
-            lambda: (
-                self._stop.is_set() or child.poll() is not None or answers(local, 1.0) is None
-            ),
+            lambda: self._stop.is_set() or child.poll() is not None or answers(local, 1.0) is None,
             START_SECONDS,
         )
         return child.poll() is None and answers(local, 1.0) is None
@@ -343,9 +341,7 @@ def start_detached(argv: list[str], folder: LighthouseDir) -> Address:
         return address
     if process.poll() is None:
         process.terminate()
-    with folder.supervisor_log.open("rb") as log:
-        log.seek(start)
-        words = log.read().decode(errors="replace").strip()
+    words = folder.supervisor_log.read_bytes()[start:].decode(errors="replace").strip()
     problem = words.splitlines()[-1] if words else "it said nothing"
     error = KitError(problem.removeprefix("error: "))
     if process.returncode == UsageError.exit_code:

@@ -13,7 +13,8 @@ def register() -> None:
     """Make ``training.dataset = "jsonl"`` with ``training.dataset_path`` (a file, or a
     folder of ``*.jsonl``) known to torchtitan."""
     DATASETS.setdefault(
-        "jsonl", DatasetConfig(path="", loader=_load, sample_processor=lambda sample: sample["text"])
+        "jsonl",
+        DatasetConfig(path="", loader=_load, sample_processor=lambda sample: sample["text"]),
     )
 
 

@@ -23,7 +23,8 @@ class Recorder:
     """Appends events to the file named by ``TFT_EVENTS``; without it, drops them."""
 
     def __init__(self, path: str | None, *, replica: int, rank: int, attempt: int) -> None:
-        self._identity = {
+        self.replica, self.rank = replica, rank
+        self._identity: dict[str, Any] = {
             "replica": replica,
             "rank": rank,
             "attempt": attempt,
@@ -45,14 +46,6 @@ class Recorder:
             rank=int(os.environ.get("RANK", "0")),
             attempt=int(os.environ.get("TFT_ATTEMPT", "1")),
         )
-
-    @property
-    def rank(self) -> int:
-        return int(self._identity["rank"])
-
-    @property
-    def replica(self) -> int:
-        return int(self._identity["replica"])
 
     def record(self, kind: str, **fields: Any) -> None:
         """Append one event. Never raises on a failing disk."""

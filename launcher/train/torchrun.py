@@ -16,11 +16,14 @@ from launcher.parentage import die_with_parent
 
 def main() -> None:
     die_with_parent()
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     try:
         torchrun(sys.argv[1:])
+    except SignalException as stopped:
+        sys.exit(128 + int(stopped.sigval))  # told to stop: its ranks are ended, no traceback
     except ChildFailedError as error:
         _write_failures(error)
         # torchrun's own summary is on stderr through its log; keep its exit code.

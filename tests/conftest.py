@@ -1,0 +1,62 @@
+"""Shared by all tests: one time zone, a fake way to run commands, hostile paths."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from launcher.process import Completed
+
+FIXTURES = Path(__file__).parent / "fixtures"
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _utc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorded logs are in local time, and that was UTC."""
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("TFT_", "SLURM_", "TORCHFT_", "SBATCH_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A folder whose name breaks whatever forgets to quote it."""
+    folder = tmp_path / "it's a \"test\" $(touch oops) ü\nwith a newline"
+    folder.mkdir()
+    return folder
+
+
+class FakeRun:
+    """Answers the commands it was told of, and refuses every other."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+        self._answers: list[tuple[tuple[str, ...], Callable[[], Completed]]] = []
+
+    def on(self, *prefix: str, out: str = "", err: str = "", code: int = 0) -> None:
+        """Answer commands that start with ``prefix``; a later answer wins."""
+        self._answers.insert(0, (prefix, lambda: Completed(prefix, code, out, err)))
+
+    def __call__(self, argv: Sequence[str]) -> Completed:
+        call = tuple(argv)
+        self.calls.append(call)
+        for prefix, answer in self._answers:
+            if call[: len(prefix)] == prefix:
+                return answer()
+        raise AssertionError(f"unexpected command: {call}")
+
+
+@pytest.fixture
+def fake_run() -> FakeRun:
+    return FakeRun()
