@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import time
 import urllib.parse
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.model import BlindError, KitError, UsageError
+from launcher.process import still_runs
 from launcher.rundir import Outputs, create_once, read_json, replace
 from launcher.slurm import Slurm
 
@@ -241,18 +241,12 @@ def alive(address: Address) -> bool:
     Raises:
         BlindError: it was started on another machine, which cannot be seen from here.
     """
-    import psutil
-
     if address.host != socket.gethostname():
         raise BlindError(
             f"that lighthouse was started on {address.host}; ask there "
             f"(this is {socket.gethostname()})"
         )
-    try:
-        process = psutil.Process(address.pid)
-        return abs(process.create_time() - address.process_started) < 2.0
-    except psutil.NoSuchProcess:
-        return False
+    return still_runs(address.pid, address.process_started)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
@@ -263,9 +257,3 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
             return condition()
         time.sleep(0.05)
     return True
-
-
-def own_process_start(pid: int | None = None) -> float:
-    import psutil
-
-    return float(psutil.Process(pid or os.getpid()).create_time())

@@ -1,4 +1,4 @@
-"""Running other programs with a time limit: the one place that does."""
+"""Other programs: running them with a time limit, and knowing ours from a reused id."""
 
 from __future__ import annotations
 
@@ -47,3 +47,26 @@ def run(argv: Sequence[str], timeout: float = DEFAULT_TIMEOUT) -> Completed:
     except subprocess.TimeoutExpired as error:
         raise BlindError(f"{argv[0]} did not answer within {timeout:g} s") from error
     return Completed(tuple(argv), done.returncode, done.stdout, done.stderr)
+
+
+def start_time(pid: int) -> float:
+    """When process ``pid`` started, Unix seconds. With the id, this names a process for good.
+
+    Raises:
+        psutil.NoSuchProcess: there is no such process.
+    """
+    import psutil
+
+    return float(psutil.Process(pid).create_time())
+
+
+def still_runs(pid: int, started: float) -> bool:
+    """Whether the process ``pid`` that started at ``started`` still runs (a zombie does not)."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - started) < 2.0
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -18,7 +18,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ import psutil
 
 from launcher.lighthouse import wait_until
 from launcher.model import KitError, UsageError
-from launcher.process import run
+from launcher.process import run, start_time, still_runs
 from launcher.rundir import read_json
 from launcher.slurm import Slurm
 
@@ -41,6 +41,8 @@ CPUS, GPUS, MEMORY_MB = 128, 8, 1_000_000
 CRED_EXPIRE = 5
 #: Seconds for each daemon to come up, and to go down.
 START_SECONDS, STOP_SECONDS = 15.0, 8.0
+#: Seconds that jobs get to end by themselves when the sandbox goes down.
+JOB_SECONDS = 2.0
 
 #: What a shell sets to use this kit in the sandbox: a CPU model in place of the GPUs'.
 JOB_SETTINGS = {
@@ -63,22 +65,16 @@ class Daemon:
     started: float
 
     def alive(self) -> bool:
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < 2.0
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return still_runs(self.pid, self.started)
 
 
 class Sandbox:
     """The sandbox in ``folder``."""
 
-    def __init__(
-        self, folder: Path = DEFAULT_FOLDER, say: Callable[[str], None] = lambda line: None
-    ) -> None:
+    def __init__(self, folder: Path = DEFAULT_FOLDER) -> None:
         self.folder = folder
-        self._say = say
+        self._children: list[subprocess.Popen[bytes]] = []
+        """Daemons that this very process started, to be waited for when they end."""
 
     @property
     def conf(self) -> Path:
@@ -131,13 +127,19 @@ class Sandbox:
         if self.running():
             with contextlib.suppress(KitError):
                 run(["env", f"SLURM_CONF={self.conf}", "scancel", "--user", getpass.getuser()], 5.0)
-        daemons = self._daemons()
-        # The controller first: it must not requeue what the nodes' end will kill.
-        for daemon in sorted(daemons, key=lambda d: d.name != "slurmctld"):
-            _end(daemon)
-        for process in self._job_processes():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+            # slurmd waits for its jobs before it ends; they get a moment, then no choice.
+            wait_until(lambda: not any(self._job_processes()), JOB_SECONDS)
+        self._kill_job_processes()
+        # The nodes first: they report their jobs' end, and wait when nobody takes the report.
+        for name in ("worker", "slurmctld", "munged"):
+            for daemon in self._daemons():
+                if daemon.name.startswith(name):
+                    _end(daemon)
+        self._kill_job_processes()
+        for child in self._children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(STOP_SECONDS)
+        self._children.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
         return True
 
@@ -263,7 +265,8 @@ class Sandbox:
                 cwd="/",
                 start_new_session=True,
             )
-        daemon = Daemon(name, process.pid, psutil.Process(process.pid).create_time())
+        self._children.append(process)
+        daemon = Daemon(name, process.pid, start_time(process.pid))
         records = [*self._daemons(), daemon]
         text = json.dumps([[d.name, d.pid, d.started] for d in records])
         (self.folder / "daemons.json").write_text(text)
@@ -301,6 +304,11 @@ class Sandbox:
     def _size(self) -> int:
         raw = read_json(self.folder / "nodes.json") or {}
         return int(raw.get("nodes", 0))
+
+    def _kill_job_processes(self) -> None:
+        for process in self._job_processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
     def _job_processes(self) -> Iterator[psutil.Process]:
         """Processes of this sandbox's jobs, known by the environment Slurm gave them."""
@@ -369,8 +377,6 @@ def _end(daemon: Daemon) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(daemon.pid, signal.SIGKILL)
         wait_until(lambda: not daemon.alive(), STOP_SECONDS)
-    with contextlib.suppress(ChildProcessError, OSError):
-        os.waitpid(daemon.pid, os.WNOHANG)
 
 
 @contextlib.contextmanager

@@ -22,11 +22,11 @@ from launcher.lighthouse import (
     LighthouseDir,
     alive,
     answers,
-    own_process_start,
     port_holder,
     wait_until,
 )
 from launcher.model import BlindError, KitError, UsageError
+from launcher.process import start_time
 from launcher.rundir import Outputs
 
 #: Bytes of one log file; one older file is kept beside it.
@@ -270,7 +270,7 @@ class Supervisor:
                 host=socket.gethostname(),
                 port=self._settings.port,
                 pid=os.getpid(),
-                process_started=own_process_start(),
+                process_started=start_time(os.getpid()),
                 user=getpass.getuser(),
                 started=time.time(),
             )

@@ -32,7 +32,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
     """A folder whose name breaks whatever forgets to quote it."""
-    folder = tmp_path / "it's a \"test\" $(touch oops) ü\nwith a newline"
+    folder = tmp_path / 'it\'s a "test" $(touch oops) ü\nwith a newline'
     folder.mkdir()
     return folder
 

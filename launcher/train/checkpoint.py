@@ -8,6 +8,7 @@ import shutil
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.ft import FTManager
 from torchtitan.tools.logging import logger
@@ -62,11 +63,12 @@ class ReplicaCheckpointManager(CheckpointManager):
             )
         try:
             super()._ft_load()
-        except Exception as error:
-            # Losing the place in the data costs some repeated batches; not starting costs
-            # the replica group.
+        except (Exception, CheckpointException) as error:
+            # (torch derives CheckpointException from BaseException.) Losing the place in the
+            # data costs some repeated batches; not starting costs the replica group.
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
             logger.warning(
-                f"dataloader state in {self._ft_folder()} cannot be read ({error}): this replica "
+                f"dataloader state in {self._ft_folder()} cannot be read ({reason[0]}): this replica "
                 "reads its share of the data from the beginning; delete that folder to silence this"
             )
 

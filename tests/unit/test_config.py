@@ -58,4 +58,4 @@ def test_the_readme_documents_every_variable_with_its_default() -> None:
         row = next((r for r in readme.splitlines() if r.startswith(f"| `{variable.name}`")), None)
         assert row is not None, f"README.md has no row for {variable.name}"
         assert variable.meaning in row
-        assert (variable.default or "–") in row
+        assert (variable.default or "(none)") in row

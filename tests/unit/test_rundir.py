@@ -27,7 +27,9 @@ def test_the_manifest_is_written_once_by_whoever_comes_first(hostile: Path) -> N
 
 def test_a_manifest_survives_the_round_trip_and_ignores_newer_fields(tmp_path: Path) -> None:
     run = Outputs(tmp_path).run_of_array(7)
-    full = dataclasses.replace(MANIFEST, extra_args=("--a", "b c"), settings={"model": {"name": "x"}})
+    full = dataclasses.replace(
+        MANIFEST, extra_args=("--a", "b c"), settings={"model": {"name": "x"}}
+    )
     assert run.create(full) == full
     text = run.manifest_path.read_text().replace("{", '{"of_a_later_version": 1,', 1)
     run.manifest_path.write_text(text)
@@ -45,7 +47,7 @@ def test_runs_are_found_by_name_id_path_and_age(tmp_path: Path) -> None:
     assert outputs.find(None).name == "tft-7"
     for name in ("tft-9", "9", str(outputs.run_of_array(9).path)):
         assert outputs.find(name).name == "tft-9"
-    with pytest.raises(UsageError, match="no run '11'.*tft-9, tft-7"):
+    with pytest.raises(UsageError, match=r"no run '11'.*tft-9, tft-7"):
         outputs.find("11")
 
 

@@ -10,7 +10,8 @@ SQUEUE = ("squeue", "--noheader", "--array", "--states=all")
 
 def test_array_tasks_are_parsed(fake_run: FakeRun) -> None:
     fake_run.on(
-        *SQUEUE, out="51|50|0|RUNNING|worker-0|None\n50|50|1|PENDING||BeginTime\n7|7|N/A|FAILED|w|x|y\n"
+        *SQUEUE,
+        out="51|50|0|RUNNING|worker-0|None\n50|50|1|PENDING||BeginTime\n7|7|N/A|FAILED|w|x|y\n",
     )
     jobs = Slurm(fake_run).jobs(50)
     assert jobs[0] == Job(
@@ -50,7 +51,9 @@ def test_a_line_that_is_not_understood_is_not_skipped(fake_run: FakeRun) -> None
 
 
 def test_nodes(fake_run: FakeRun) -> None:
-    fake_run.on("sinfo", out="w-0|idle|none\nw-0|idle|none\nw-1|down*|Not responding\nw-2|mix|none\n")
+    fake_run.on(
+        "sinfo", out="w-0|idle|none\nw-0|idle|none\nw-1|down*|Not responding\nw-2|mix|none\n"
+    )
     nodes = {node.name: node for node in Slurm(fake_run).nodes()}
     assert [nodes[name].up for name in ("w-0", "w-1", "w-2")] == [True, False, True]
     assert nodes["w-1"].reason == "Not responding"

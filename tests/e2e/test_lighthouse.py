@@ -1,0 +1,134 @@
+"""The real lighthouse under its supervisor, on loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.lighthouse import LighthouseDir, alive, answers
+from launcher.rundir import Outputs
+from launcher.supervisor import CappedLog
+from tests.e2e.conftest import Workspace, eventually
+
+
+@pytest.fixture
+def port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_up_status_down(workspace: Workspace, port: str) -> None:
+    where = ["--host", "127.0.0.1", "--port", port]
+    assert "no lighthouse is up" in workspace.launcher("lighthouse", "status", *where, code=1)
+    up = workspace.launcher("lighthouse", "up", *where, "--detach")
+    assert f"lighthouse up at http://127.0.0.1:{port} (pid " in up
+    try:
+        address = LighthouseDir.of(workspace.outputs, f"http://127.0.0.1:{port}").address()
+        assert address is not None
+        assert "answers; serves no run yet" in workspace.launcher("lighthouse", "status", *where)
+        # Not twice, and it says who holds the port: to us, and to another set of outputs.
+        second = workspace.launcher("lighthouse", "up", *where, code=2)
+        assert f"already up at http://127.0.0.1:{port}: pid {address.pid}" in second
+        other = workspace.launcher("lighthouse", "up", *where, "--outputs", "elsewhere", code=2)
+        assert f"port {port} is taken by pid " in other
+        # It listens where it was told to, and nowhere else.
+        listening = [
+            c.laddr.ip
+            for c in psutil.net_connections("tcp")
+            if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == int(port)
+        ]
+        assert listening == ["127.0.0.1"]
+    finally:
+        assert "lighthouse down" in workspace.launcher("lighthouse", "down", *where)
+    assert answers(f"http://127.0.0.1:{port}") is not None
+    assert not alive(address)
+    assert "no lighthouse is up" in workspace.launcher("lighthouse", "down", *where)
+
+
+def test_a_lighthouse_that_dies_is_started_again(workspace: Workspace, port: str) -> None:
+    where = ["--host", "127.0.0.1", "--port", port]
+    workspace.launcher("lighthouse", "up", *where, "--detach")
+    try:
+        folder = LighthouseDir.of(workspace.outputs, f"http://127.0.0.1:{port}")
+        address = folder.address()
+        assert address is not None
+        (child,) = psutil.Process(address.pid).children()
+        child.kill()
+        eventually(
+            lambda: (
+                "starting it again" in folder.supervisor_log.read_text()
+                and answers(address.url) is None
+            ),
+            10,
+            "the lighthouse listens again",
+        )
+        (again,) = psutil.Process(address.pid).children()
+        assert again.pid != child.pid
+    finally:
+        workspace.launcher("lighthouse", "down", *where)
+    eventually(lambda: answers(address.url) is not None, 5, "the lighthouse has ended")
+
+
+def test_the_lighthouse_ends_with_a_killed_supervisor_and_down_cleans_up(
+    workspace: Workspace, port: str
+) -> None:
+    where = ["--host", "127.0.0.1", "--port", port]
+    workspace.launcher("lighthouse", "up", *where, "--detach")
+    folder = LighthouseDir.of(workspace.outputs, f"http://127.0.0.1:{port}")
+    address = folder.address()
+    assert address is not None
+    os.kill(address.pid, signal.SIGKILL)
+    eventually(lambda: answers(address.url) is not None, 5, "the lighthouse ends too")
+    assert "cleaned up" in workspace.launcher("lighthouse", "down", *where)
+    assert folder.address() is None
+
+
+def test_ctrl_c_in_the_foreground(workspace: Workspace, port: str) -> None:
+    argv = [sys.executable, "-m", "launcher", "lighthouse", "up", "--host", "127.0.0.1"]
+    process = subprocess.Popen(
+        [*argv, "--port", port],
+        cwd=workspace.root,
+        env=workspace.env,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert "lighthouse up at" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=15)
+    assert (process.returncode, out) == (0, "lighthouse down\n")
+
+
+def test_the_log_follows_the_run_and_stays_small(tmp_path: Path) -> None:
+    outputs = Outputs(tmp_path)
+    paths = [outputs.torchft / "idle.log", outputs.run_of_array(5).lighthouse_log]
+    current = [paths[0]]
+    log = CappedLog(lambda: current[0], limit=1000)
+    log.write(b"before\n")
+    eventually(lambda: paths[0].exists(), 5, "the first line is written")
+    current[0] = paths[1]
+    for number in range(200):
+        log.write(b"line %03d\n" % number)
+    log.close()
+    assert paths[0].read_bytes() == b"before\n"
+    old, new = paths[1].with_name("lighthouse.log.1"), paths[1]
+    assert old.stat().st_size <= 1010
+    assert (old.read_bytes() + new.read_bytes()).endswith(b"line 199\n")
+
+
+def test_a_full_disk_never_blocks_the_lighthouse() -> None:
+    log = CappedLog(lambda: Path("/dev/full"))
+    started = time.monotonic()
+    for _ in range(50_000):
+        log.write(b"x" * 100 + b"\n")
+    assert time.monotonic() - started < 10
+    log.close()

@@ -1,0 +1,274 @@
+"""From Slurm's variables to torchrun: the command, the environment, the refusals."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher import lighthouse
+from launcher.config import Site
+from launcher.environment import Task, replica_environment
+from launcher.lighthouse import LighthouseDir
+from launcher.model import BlindError, UsageError
+from launcher.payload import Payload, why
+from launcher.replica import run_replica
+from launcher.rundir import Manifest, Outputs
+from launcher.slurm import Slurm
+from tests.conftest import FakeRun
+
+SLURM = {
+    "SLURM_ARRAY_JOB_ID": "50",
+    "SLURM_ARRAY_TASK_ID": "1",
+    "SLURM_ARRAY_TASK_COUNT": "4",
+    "SLURM_ARRAY_TASK_MIN": "0",
+    "SLURM_ARRAY_TASK_MAX": "3",
+    "SLURMD_NODENAME": "worker-1",
+    "SLURM_RESTART_COUNT": "2",
+    "SLURM_GPUS_ON_NODE": "8",
+}
+CONFIG = """
+[model]
+hf_assets_path = "tokenizer"
+[training]
+dataset = "jsonl"
+dataset_path = "corpus"
+steps = 77
+"""
+
+
+@pytest.fixture
+def listening() -> Iterator[str]:
+    """Something that accepts connections where a lighthouse should be."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def env(hostile: Path, listening: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A complete place to start a replica group in, at a hostile path."""
+    monkeypatch.chdir(hostile)
+    Path("config.toml").write_text(CONFIG)
+    Path("tokenizer").mkdir()
+    Path("tokenizer/tokenizer.json").write_text("{}")
+    Path("corpus").mkdir()
+    Path("corpus/train.jsonl").write_text("{}")
+    return {**SLURM, "PATH": os.environ["PATH"], "TFT_CONFIG": "config.toml"} | {
+        "TORCHFT_LIGHTHOUSE": listening
+    }
+
+
+@pytest.fixture
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> list[Payload]:
+    """Keeps torchrun from starting; collects what would have been started."""
+    started: list[Payload] = []
+
+    def run(self: Payload) -> int:
+        started.append(self)
+        return 0
+
+    monkeypatch.setattr(Payload, "run", run)
+    return started
+
+
+def test_a_replica_group_is_started_as_its_array_task_says(
+    env: dict[str, str],
+    torchrun: list[Payload],
+    fake_run: FakeRun,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_replica(env, Slurm(fake_run)) == 0
+    (payload,) = torchrun
+    flags = payload._argv[payload._argv.index("launcher.train") + 1 :]
+    run = Outputs(Path("outputs").absolute()).find("50")
+    assert flags == [
+        "--job.config_file=config.toml",
+        f"--job.dump_folder={run.path}",
+        "--fault_tolerance.enable",
+        "--fault_tolerance.replica_id=1",
+        "--fault_tolerance.group_size=4",
+    ]
+    assert "--nproc-per-node=8" in payload._argv
+    got = payload._env
+    assert got["TORCHFT_LIGHTHOUSE"] == env["TORCHFT_LIGHTHOUSE"]
+    assert (got["REPLICA_GROUP_ID"], got["NUM_REPLICA_GROUPS"]) == ("1", "4")
+    assert (got["JOB_ID"], got["TFT_ATTEMPT"]) == ("tft-50", "3")
+    assert (got["TORCHFT_QUORUM_TIMEOUT_SEC"], got["TORCHFT_QUORUM_RETRIES"]) == ("600", "1200")
+    out = capsys.readouterr().out.splitlines()[0]
+    assert out.endswith("launching replica 1 (attempt 3) on worker-1")
+    assert time.strptime(out[:21], "[%Y-%m-%d %H:%M:%S]")
+    manifest = run.manifest()
+    assert (manifest.group_size, manifest.ranks_per_group, manifest.steps) == (4, 8, 77)
+    assert set(manifest.versions) == {"torch", "torchft-nightly", "torchtitan"}
+    kinds = [json.loads(line)["kind"] for line in run.events(1).read_text().splitlines()]
+    assert kinds == ["launch", "exit"]
+    assert not fake_run.calls
+
+
+def test_the_group_size_is_the_manifests_after_a_single_index_is_resubmitted(
+    env: dict[str, str], torchrun: list[Payload], fake_run: FakeRun
+) -> None:
+    run_replica(env, Slurm(fake_run))
+    env |= {"SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_MAX": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    run_replica(env, Slurm(fake_run))
+    assert torchrun[1]._env["NUM_REPLICA_GROUPS"] == "4"
+    env["SLURM_ARRAY_TASK_ID"] = "5"
+    with pytest.raises(UsageError, match="outside run tft-50, which has 4"):
+        run_replica(env, Slurm(fake_run))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"TFT_CONFIG": "gone.toml"}, "config file gone.toml does not exist"),
+        (
+            {"TFT_EXTRA_ARGS": "--model.hf_assets_path=gone"},
+            "no tokenizer in gone.*launcher assets",
+        ),
+        ({"TFT_EXTRA_ARGS": "--training.dataset_path gone"}, r"no \*.jsonl in gone"),
+        ({"TORCHFT_LIGHTHOUSE": "http://127.0.0.1:9"}, "cannot be reached.*lighthouse status"),
+        ({"TORCHFT_LIGHTHOUSE": ""}, "(?s)no lighthouse is published.*lighthouse up"),
+        ({"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "4"}, "must be 0 to N-1"),
+        ({"SLURM_JOB_NUM_NODES": "2"}, "one node"),
+        ({"TFT_EXTRA_ARGS": "--training.steps=many"}, "training.steps must be a whole number"),
+    ],
+)
+def test_what_is_missing_is_said_and_nothing_is_started(
+    env: dict[str, str],
+    torchrun: list[Payload],
+    fake_run: FakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, str],
+    says: str,
+) -> None:
+    monkeypatch.setattr("launcher.replica.LIGHTHOUSE_PATIENCE", 0.0)
+    with pytest.raises(UsageError, match=says):
+        run_replica(env | change, Slurm(fake_run))
+    assert not torchrun
+    assert not list(Path().glob("outputs/torchft/tft-*"))
+
+
+def test_outside_an_array_it_says_how_to_submit(fake_run: FakeRun) -> None:
+    with pytest.raises(UsageError, match="sbatch --array=0-3"):
+        run_replica({}, Slurm(fake_run))
+
+
+def test_settings_by_hand_win_and_the_interface_reaches_both_backends() -> None:
+    site = Site.from_environment({"TFT_INTERFACE": "eth0"})
+    manifest = Manifest(
+        run="tft-5",
+        array_job_id=5,
+        group_size=2,
+        ranks_per_group=8,
+        config="c",
+        lighthouse="http://l:1",
+    )
+    run = Outputs(Path("/o")).run_of_array(5)
+    base = {"TORCHFT_TIMEOUT_SEC": "7", "NCCL_SOCKET_IFNAME": "ib0"}
+    env = replica_environment(base, site, manifest, run, Task(replica=1, attempt=1, node="w"))
+    assert env["TORCHFT_TIMEOUT_SEC"] == "7"
+    assert (env["NCCL_SOCKET_IFNAME"], env["GLOO_SOCKET_IFNAME"]) == ("ib0", "eth0")
+    again = replica_environment(base, site, manifest, run, Task(replica=1, attempt=2, node="x"))
+    assert env["WANDB_RUN_ID"] == again["WANDB_RUN_ID"]
+
+
+# -- one lighthouse, one run ----------------------------------------------------------
+
+
+def test_a_second_run_is_refused_while_the_first_is_in_the_queue(
+    tmp_path: Path, fake_run: FakeRun
+) -> None:
+    folder = LighthouseDir.of(Outputs(tmp_path), "http://login:29510")
+    folder.claim(50, Slurm(fake_run))
+    folder.claim(50, Slurm(fake_run))
+    assert not fake_run.calls
+    fake_run.on("squeue", out="50|50|0|PENDING||BeginTime\n")
+    with pytest.raises(UsageError, match="already serves run tft-50"):
+        folder.claim(60, Slurm(fake_run))
+    assert folder.claimed_by() == 50
+    fake_run.on("squeue", code=1, err="Unable to contact slurm controller")
+    with pytest.raises(BlindError):
+        folder.claim(60, Slurm(fake_run))
+    assert folder.claimed_by() == 50
+    fake_run.on("squeue", out="50|50|0|COMPLETED||None\n")
+    folder.claim(60, Slurm(fake_run))
+    assert folder.claimed_by() == 60
+
+
+def test_several_published_lighthouses_need_a_choice(tmp_path: Path) -> None:
+    outputs = Outputs(tmp_path)
+    for port in (1, 2):
+        url = f"http://login:{port}"
+        LighthouseDir.of(outputs, url).publish(
+            lighthouse.Address(
+                url=url, host="login", port=port, pid=1, process_started=0.0, user="u", started=0.0
+            )
+        )
+    with pytest.raises(UsageError, match="several lighthouses"):
+        lighthouse.discover(outputs, "")
+    assert lighthouse.discover(outputs, "http://login:2") == "http://login:2"
+    LighthouseDir.of(outputs, "http://login:2").unpublish()
+    assert lighthouse.discover(outputs, "") == "http://login:1"
+
+
+# -- the payload ------------------------------------------------------------------------
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import sys; sys.exit(0)", 0),
+        ("import sys; sys.exit(7)", 7),
+        ("import os; os.kill(os.getpid(), 9)", 137),
+    ],
+)
+def test_exit_codes_are_kept(code: str, expected: int) -> None:
+    assert Payload(python(code), os.environ).run() == expected
+
+
+def test_a_signal_reaches_the_payload_and_names_the_end(tmp_path: Path) -> None:
+    """In a process of its own, as signals go to the whole of one."""
+    mark = tmp_path / "mark"
+    child = (
+        "import pathlib,signal,sys,time\n"
+        f"signal.signal(signal.SIGTERM, lambda *a: (pathlib.Path({str(mark)!r}).touch(), sys.exit(3)))\n"
+        "print('ready', flush=True)\ntime.sleep(60)"
+    )
+    launcher = (
+        "import os,sys\nfrom launcher.payload import Payload\n"
+        f"p = Payload({[sys.executable, '-c', child]!r}, os.environ)\ncode = p.run()\n"
+        "print(p.stopped_by.name)\nsys.exit(code)"
+    )
+    process = subprocess.Popen(python(launcher), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out, mark.exists()) == (143, "SIGTERM\n", True)
+
+
+def failure(rank: int, code: int, when: int, message: str = "") -> dict[str, object]:
+    return {"rank": rank, "local_rank": rank, "pid": 100 + rank, "exit_code": code} | {
+        "time": when,
+        "message": message,
+    }
+
+
+def test_the_rank_that_was_killed_is_named_and_not_the_ones_it_took_along(tmp_path: Path) -> None:
+    path = tmp_path / "failures.json"
+    broken = failure(0, -15, 10, "RuntimeError: connection reset")
+    path.write_text(json.dumps([broken, failure(1, -9, 10, "Signal 9 (SIGKILL) received")]))
+    assert why(path) == "rank 1 (pid 101) was killed by SIGKILL (1 more ended with it)"
+    path.write_text(json.dumps([failure(0, 1, 12), failure(3, 1, 10, "ValueError: no")]))
+    assert why(path) == "rank 3 (pid 103) exited with code 1: ValueError: no (1 more ended with it)"
+    assert why(tmp_path / "none") == "torchrun itself failed; see the lines above"

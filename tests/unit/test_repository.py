@@ -1,0 +1,126 @@
+"""Rules about the repository itself: scripts, imports, and what must never be imported."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+SCRIPTS = sorted([*REPOSITORY.glob("*.sh"), *REPOSITORY.glob("slurm/*.s*")])
+LAUNCHER = REPOSITORY / "launcher"
+#: The control plane, from the bottom up: a module imports only what stands before it.
+ORDER = [
+    "__init__",
+    "parentage",
+    "lighthouse_process",
+    "model",
+    "process",
+    "config",
+    "rundir",
+    "slurm",
+    "lighthouse",
+    "corpus",
+    "assets",
+    "preflight",
+    "command",
+    "environment",
+    "payload",
+    "supervisor",
+    "replica",
+    "classic",
+    "events",
+    "tail",
+    "state",
+    "verdict",
+    "monitor",
+    "sandbox",
+    "demo",
+    "cli",
+    "__main__",
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_slurm_reads_every_header_line(script: Path) -> None:
+    """sbatch ignores, in silence, each #SBATCH line after the first command."""
+    lines = script.read_text().splitlines()
+    command = next(
+        (i for i, text in enumerate(lines) if text.strip() and text[0] != "#"), len(lines)
+    )
+    late = [i + 1 for i, text in enumerate(lines) if text.startswith("#SBATCH") and i > command]
+    assert not late, f"#SBATCH after the first command (line {command + 1}): {late}"
+
+
+@pytest.mark.parametrize("script", sorted(REPOSITORY.glob("*.sh")), ids=lambda path: path.name)
+def test_job_scripts_keep_their_logs_over_a_requeue(script: Path) -> None:
+    text = script.read_text()
+    for line in ("--requeue", "--open-mode=append", "--exclusive", "--cpus-per-task=128"):
+        assert f"#SBATCH {line}\n" in text
+    for path in re.findall(r"#SBATCH --(?:output|error)=(\S+)/[^/]+\n", text):
+        assert (REPOSITORY / path / ".gitkeep").exists(), "Slurm does not create this folder"
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the launcher that ``path`` imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "launcher":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("launcher."):
+            found.add(str(node.module).split(".")[1])
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    modules = {path.stem: path for path in LAUNCHER.glob("*.py")}
+    assert set(modules) == set(ORDER), "ORDER must name every module of the control plane"
+    for name, path in modules.items():
+        later = {other for other in imports(path) if ORDER.index(other) >= ORDER.index(name)}
+        assert not later, f"{name} imports {later}, which stand after it"
+
+
+def test_the_training_plane_knows_almost_nothing_of_the_control_plane() -> None:
+    for path in (LAUNCHER / "train").glob("*.py"):
+        assert imports(path) <= {"train", "parentage"}, path.name
+
+
+def test_no_module_is_long() -> None:
+    for path in LAUNCHER.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path.name
+
+
+@pytest.mark.parametrize("command", [["--help"], ["lighthouse", "status"], ["monitor", "--once"]])
+def test_the_launchers_commands_never_import_torch(command: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom launcher.cli import main\n"
+        f"sys.argv = ['launcher', *{command!r}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'numpy', 'torchft', 'torchtitan'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env={"TFT_OUTPUTS": str(tmp_path), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_names_a_machine_or_a_registry() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    for name in filter(None, tracked):
+        path = REPOSITORY / name
+        if path.is_file() and path != Path(__file__):
+            text = path.read_text(errors="replace")
+            assert f"{REPOSITORY}/" not in text, name
+            assert "hf_" + "token=" not in text.lower(), name
