@@ -42,7 +42,6 @@ HostOption = Annotated[
 FolderOption = Annotated[Path, typer.Option("--dir", help="The sandbox's own folder.")]
 OUTPUTS = Path("outputs")
 SANDBOX = Path("/run/tft-sandbox")
-DEMO = Path("/run/tft-demo")
 
 
 @lighthouse_app.command("up")
@@ -229,8 +228,10 @@ def sandbox_install() -> None:
 @app.command()
 def demo(
     outputs: OutputsOption = OUTPUTS,
-    folder: FolderOption = DEMO,
-    steps: Annotated[int, typer.Option(min=60, help="Steps to train.")] = 120,
+    folder: Annotated[
+        Path | None, typer.Option("--dir", help="Sandbox folder; default: one of its own in /run.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=60, help="Steps to train.")] = 100,
 ) -> None:
     """Lose a node and train on: the README's steps on a sandbox, with a verdict."""
     from launcher.demo import run_demo

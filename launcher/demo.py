@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from launcher import assets
 from launcher.model import CriticalError, KitError
 from launcher.monitor import Watcher, line
@@ -24,6 +26,8 @@ from launcher.verdict import judge
 
 SCRIPT = "llama3.1-8b-pretraining-torchft.sh"
 NODES, REPLICAS, LOST = 3, 2, 1
+#: A demo's sandbox is in a folder of its own, named after its process.
+FOLDERS, PREFIX = Path("/run"), "tft-demo-"
 #: Steps that both replica groups train before the node is lost.
 STEPS_BEFORE = 10
 #: A step lasts at least this long, so that on a fast machine too there is training left
@@ -33,6 +37,19 @@ PACE_SECONDS = 0.4
 DEADLINES = {"submit": 60, "train": 180, "survive": 60, "requeue": 45, "recover": 150, "end": 300}
 #: Seconds of silence after which the demo says how far training is.
 QUIET = 5.0
+
+
+def own_folder() -> Path:
+    """The sandbox folder of this very process, so that two demos never meet."""
+    return FOLDERS / f"{PREFIX}{os.getpid()}"
+
+
+def clear_stale_folders() -> None:
+    """Take down the sandboxes of demos that were killed before they could clean up."""
+    for folder in FOLDERS.glob(f"{PREFIX}*"):
+        owner = folder.name.removeprefix(PREFIX)
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            Sandbox(folder).down()
 
 
 class Demo:
@@ -60,7 +77,7 @@ class Demo:
 
     def _run(self) -> bool:
         self._title("A Slurm of three nodes on this machine, and text to train on")
-        self._sandbox.down()  # of a demo that was killed
+        clear_stale_folders()
         self._sandbox.up(NODES)
         assets.debug(self._outputs.root)
         self._env = self._environment()
@@ -108,7 +125,7 @@ class Demo:
         self._say("")
         for text in verdict.lines():
             self._say(text)
-        self._say(f"logs and events: {run.path}")
+        self._say(f"logs and events: {os.path.relpath(run.path)}")
         return verdict.recovered
 
     def _environment(self) -> dict[str, str]:
@@ -239,7 +256,7 @@ def _signals_ignored() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_demo(outputs: Path, folder: Path, steps: int, *, say: Callable[[str], None]) -> int:
+def run_demo(outputs: Path, folder: Path | None, steps: int, *, say: Callable[[str], None]) -> int:
     """Run the demo; its exit code.
 
     Raises:
@@ -247,7 +264,7 @@ def run_demo(outputs: Path, folder: Path, steps: int, *, say: Callable[[str], No
     """
     started = time.monotonic()
     try:
-        recovered = Demo(outputs, folder, steps, say).run()
+        recovered = Demo(outputs, folder or own_folder(), steps, say).run()
     except KeyboardInterrupt:
         say("interrupted: everything that was started is ended")
         return 130

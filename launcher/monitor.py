@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -98,7 +99,9 @@ def follow(
 
 def _follow(watcher: Watcher, say: Callable[[str], None], once: bool) -> None:
     run = watcher.run
-    say(f"run {run.name}: {watcher.manifest.group_size} replica groups, {run.path}")
+    say(
+        f"run {run.name}: {watcher.manifest.group_size} replica groups, {os.path.relpath(run.path)}"
+    )
     blind, quiet_since = "", None
     while True:
         for notice in watcher.look():
