@@ -173,12 +173,40 @@ def monitor(
     run: Annotated[str, typer.Argument(help="Run name or array job id; default: newest.")] = "",
     outputs: OutputsOption = OUTPUTS,
     once: Annotated[bool, typer.Option("--once", help="Print what is known, then stop.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --once: the same as one JSON object.")
+    ] = False,
+    lighthouse_log: Annotated[
+        Path | None, typer.Option(help="Watch bare logs: the lighthouse's log.")
+    ] = None,
+    replica_log: Annotated[
+        list[Path] | None, typer.Option(help="Watch bare logs: a replica's; may be repeated.")
+    ] = None,
 ) -> None:
     """Follow a run: quorum changes, losses, recoveries, and the end."""
-    from launcher.monitor import follow
+    from launcher import monitor
+    from launcher.model import UsageError
     from launcher.rundir import Outputs
+    from launcher.slurm import Slurm
+    from launcher.watcher import Watcher
 
-    follow(Outputs(outputs.absolute()).find(run or None), say=_say, once=once)
+    bare = [*([lighthouse_log] if lighthouse_log else []), *(replica_log or [])]
+    for path in bare:
+        if not path.is_file():
+            raise UsageError(f"{path} is not a file")
+    if as_json and not once:
+        raise UsageError("--json needs --once")
+    if bare and not once:
+        raise UsageError("bare logs are read in one pass: add --once")
+    if not once:
+        monitor.follow(Outputs(outputs.absolute()).find(run or None), say=_say)
+        return
+    if bare:
+        watcher = Watcher.of_files(lighthouse_log, replica_log or [])
+    else:
+        watcher = Watcher.of_run(Outputs(outputs.absolute()).find(run or None), Slurm())
+    with watcher:
+        raise typer.Exit(monitor.once(watcher, say=_say, as_json=as_json))
 
 
 @sandbox_app.command("up")

@@ -18,11 +18,12 @@ import psutil
 
 from launcher import assets
 from launcher.model import CriticalError, KitError
-from launcher.monitor import Watcher, line
+from launcher.monitor import line
 from launcher.rundir import Outputs
 from launcher.sandbox import Sandbox
 from launcher.state import Notice
 from launcher.verdict import judge
+from launcher.watcher import Watcher
 
 SCRIPT = "llama3.1-8b-pretraining-torchft.sh"
 NODES, REPLICAS, LOST = 3, 2, 1
@@ -62,6 +63,7 @@ class Demo:
         self._steps = steps
         self._say = say
         self._env: dict[str, str] = {}
+        self._array: int | None = None
         self._watcher: Watcher | None = None
         self._spoke = time.monotonic()
         self._resources = contextlib.ExitStack()
@@ -87,9 +89,10 @@ class Demo:
         self._title("The lighthouse, then two replica groups")
         self._command("python -m launcher lighthouse up --detach")
         array = int(self._command(f"sbatch --parsable --array=0-{REPLICAS - 1} {SCRIPT}").strip())
+        self._array = array
         run = self._outputs.run_of_array(array)
         self._wait("submit", run.manifest_path.is_file)
-        watcher = self._watcher = self._resources.enter_context(Watcher(run, self._slurm))
+        watcher = self._watcher = self._resources.enter_context(Watcher.of_run(run, self._slurm))
         state = watcher.state
         self._wait(
             "train",
@@ -121,7 +124,8 @@ class Demo:
 
         self._title("Both train to the last step")
         self._wait("end", lambda: state.finished)
-        verdict = judge(state, watcher.events, LOST)
+        watcher.look(final=True)
+        verdict = judge(state, LOST)
         self._say("")
         for text in verdict.lines():
             self._say(text)
@@ -186,10 +190,10 @@ class Demo:
                     if not condition():
                         raise CriticalError(
                             f"no task is left in Slurm's queue (waiting for: {stage}); see the "
-                            f"logs in {watcher.run.path}"
+                            f"logs in {self._outputs.torchft}"
                         )
             if time.monotonic() > deadline:
-                where = watcher.run.path if watcher else self._outputs.torchft / ".slurm"
+                where = self._outputs.torchft
                 raise CriticalError(
                     f"not within {DEADLINES[stage]} s (waiting for: {stage}); logs: {where}"
                 )
@@ -214,8 +218,8 @@ class Demo:
     def _clean_up(self) -> None:
         if self._env:
             with contextlib.suppress(KitError, OSError):
-                if self._watcher is not None and self._sandbox.running():
-                    self._slurm.cancel(self._watcher.manifest.array_job_id)
+                if self._array is not None and self._sandbox.running():
+                    self._slurm.cancel(self._array)
             with contextlib.suppress(subprocess.TimeoutExpired, OSError):
                 subprocess.run(
                     [sys.executable, "-m", "launcher", "lighthouse", "down"],

@@ -1,133 +1,114 @@
-"""Gathers a run's logs and Slurm's word, folds them into its state, and tells the story."""
+"""Follows a run and tells its story: lines as things happen, one pass, or data for tools."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from launcher.events import Event, parse_lighthouse_line, parse_replica_event
-from launcher.model import BlindError, CriticalError, KitError
+from launcher.findings import Finding, Severity
+from launcher.model import BlindError, CriticalError
 from launcher.rundir import RunDir
 from launcher.slurm import Slurm
+from launcher.snapshot import as_data, figures
 from launcher.state import Notice, RunState
-from launcher.tail import Tail
+from launcher.watcher import Watcher
 
-#: Seconds between two looks at the logs, and between two questions to Slurm.
-LOOK_EVERY, ASK_EVERY = 0.3, 2.0
+#: Seconds between two looks at the logs.
+LOOK_EVERY = 0.3
 #: Seconds that Slurm may know no live task of a run before the run counts as over.
-SETTLE = 5.0
-
-#: (tail, parser) of one log.
-_Source = tuple[Tail, Callable[[bytes], Event | None]]
+QUIET_SECONDS = 5.0
 
 
-class Watcher:
-    """Reads one run from its files; every look folds in what is new."""
-
-    def __init__(self, run: RunDir, slurm: Slurm | None = None) -> None:
-        manifest = run.manifest()
-        self.run = run
-        self.manifest = manifest
-        self.state = RunState(manifest.group_size, manifest.steps)
-        self.events: list[Event] = []
-        self.blind = ""
-        """Why a source could not be read at the last look; empty when all could."""
-        self.live_tasks: int | None = None
-        """Array tasks that Slurm may still run; None until it could be asked."""
-        self._slurm = slurm
-        self._asked = float("-inf")
-        lighthouse = [run.lighthouse_log.with_name(run.lighthouse_log.name + ".1")]
-        self._sources: list[_Source] = [
-            (Tail(path), parse_lighthouse_line) for path in [*lighthouse, run.lighthouse_log]
-        ]
-        self._sources += [
-            (Tail(run.events(replica)), parse_replica_event)
-            for replica in range(manifest.group_size)
-        ]
-
-    def __enter__(self) -> Watcher:
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the files; a later look opens them again and tells all anew."""
-        for tail, _ in self._sources:
-            tail.close()
-
-    def look(self) -> list[Notice]:
-        """Read what is new; returns its story in order of time."""
-        self.blind = ""
-        fresh: list[Event] = []
-        for tail, parse in self._sources:
-            try:
-                fresh += [event for _, line in tail.lines() if (event := parse(line)) is not None]
-            except OSError as error:
-                self.blind = f"{tail.path}: {error.strerror}"
-        fresh.sort(key=lambda event: event.t)
-        self.events += fresh
-        notices = [notice for event in fresh for notice in self.state.apply(event)]
-        return notices + self._ask()
-
-    def _ask(self) -> list[Notice]:
-        if self._slurm is None or time.monotonic() - self._asked < ASK_EVERY:
-            return []
-        self._asked = time.monotonic()
-        try:
-            jobs = self._slurm.jobs(self.manifest.array_job_id)
-        except BlindError as error:
-            self.blind = str(error)
-            return []
-        self.live_tasks = sum(job.live for job in jobs)
-        return self.state.observe(jobs, time.time())
-
-
-def follow(
-    run: RunDir, *, say: Callable[[str], None], once: bool = False, slurm: Slurm | None = None
-) -> None:
-    """Print a run's story until it ends (or once, what is known of it).
+def follow(run: RunDir, *, say: Callable[[str], None], slurm: Slurm | None = None) -> None:
+    """Print a run's story line by line until it ends.
 
     Raises:
         CriticalError: the run ended without having finished.
         BlindError: at the end, a source could not be read.
     """
-    with Watcher(run, slurm or Slurm()) as watcher:
-        _follow(watcher, say, once)
+    with Watcher.of_run(run, slurm or Slurm()) as watcher:
+        say(
+            f"run {run.name}: {watcher.state.group_size} replica groups, {os.path.relpath(run.path)}"
+        )
+        for notices in looks(watcher):
+            for notice in notices:
+                say(line(notice))
+        for text in table(watcher.state):
+            say(text)
+        conclude(watcher, run)
 
 
-def _follow(watcher: Watcher, say: Callable[[str], None], once: bool) -> None:
-    run = watcher.run
-    say(
-        f"run {run.name}: {watcher.manifest.group_size} replica groups, {os.path.relpath(run.path)}"
-    )
-    blind, quiet_since = "", None
+def looks(watcher: Watcher) -> Iterator[list[Notice]]:
+    """Look again and again until the run has ended, with findings told once as they come."""
+    told: dict[str, Finding] = {}
+    quiet_since: float | None = None
     while True:
-        for notice in watcher.look():
-            say(line(notice))
-        if watcher.blind != blind:
-            blind = watcher.blind
-            say(line(Notice(time.time(), f"BLIND: {blind}" if blind else "can see again")))
-        if once or watcher.state.finished:
+        notices = watcher.look()
+        notices += _news(watcher.findings(), told)
+        yield notices
+        if watcher.state.finished:
             break
-        if watcher.live_tasks == 0:
-            quiet_since = quiet_since or time.monotonic()
-            if time.monotonic() - quiet_since > SETTLE:
-                break
-        else:
+        if watcher.live_tasks != 0:
             quiet_since = None
+        elif quiet_since is None:
+            quiet_since = time.monotonic()
+        elif time.monotonic() - quiet_since > QUIET_SECONDS:
+            break
         time.sleep(LOOK_EVERY)
-    for text in table(watcher.state):
-        say(text)
+    yield watcher.look(final=True)
+
+
+def _news(findings: list[Finding], told: dict[str, Finding]) -> list[Notice]:
+    """Findings that were not there at the last look, and those that are gone."""
+    now, current = time.time(), {finding.key: finding for finding in findings}
+    news = [
+        Notice(now, f"{finding.severity.value.upper()} {finding.kind}: {finding.message}")
+        for key, finding in current.items()
+        if key not in told
+    ]
+    news += [
+        Notice(now, f"no longer: {finding.kind}")
+        for key, finding in told.items()
+        if key not in current
+    ]
+    told.clear()
+    told.update(current)
+    return news
+
+
+def conclude(watcher: Watcher, run: RunDir) -> None:
+    """Say by an error how a run that has ended stands.
+
+    Raises:
+        CriticalError: it did not finish.
+        BlindError: it cannot be known.
+    """
     if watcher.state.finished:
         return
-    if blind:
-        raise BlindError(blind)
-    if not once:
-        raise CriticalError(
-            f"run {run.name} ended before its last step: see the logs in {run.path}"
-        )
+    if watcher.blind:
+        raise BlindError("; ".join(f"{name}: {why}" for name, why in watcher.blind.items()))
+    raise CriticalError(f"run {run.name} ended before its last step: see the logs in {run.path}")
+
+
+def once(watcher: Watcher, *, say: Callable[[str], None], as_json: bool) -> int:
+    """One pass; returns the exit code: 0 fine, 3 a critical finding, 4 blind."""
+    notices = watcher.look(final=True)
+    # A log of the past is judged as of its own end.
+    now = time.time() if watcher.live_tasks else watcher.state.last_event
+    findings = watcher.findings(now)
+    if as_json:
+        say(json.dumps(as_data(watcher.state, findings), indent=2, allow_nan=False))
+    else:
+        for notice in notices:
+            say(line(notice))
+        for text in [*table(watcher.state), *figure_lines(watcher.state), *map(_told, findings)]:
+            say(text)
+    if watcher.blind:
+        return BlindError.exit_code
+    critical = any(finding.severity is Severity.CRITICAL for finding in findings)
+    return CriticalError.exit_code if critical else 0
 
 
 def line(notice: Notice) -> str:
@@ -136,7 +117,7 @@ def line(notice: Notice) -> str:
 
 def table(state: RunState) -> list[str]:
     """The replica groups as they stand, a line each."""
-    rows = [f"quorum {state.quorum_id}: {len(state.members)} of {state.group_size} replica groups"]
+    rows = [f"quorum {state.quorum_id}: {len(state.members)} of {state.size} replica groups"]
     for group in state.groups.values():
         loss = f"  loss {group.loss:.4f}" if group.loss is not None else ""
         waiting = f"  ({group.waiting})" if group.waiting else ""
@@ -148,14 +129,20 @@ def table(state: RunState) -> list[str]:
     return rows
 
 
-def read(run: RunDir) -> tuple[RunState, list[Event]]:
-    """State and events of a run from its files alone.
+def figure_lines(state: RunState) -> list[str]:
+    """The running figures in one line; none before anything was measured."""
+    values = figures(state)
+    texts = {
+        "time to detect": (values["time_to_detect_s"], "{:.1f} s"),
+        "time to recover": (values["time_to_recover_s"], "{:.1f} s"),
+        "steps lost": (values["steps_lost"], "{:.0f}"),
+        "participation": (values["participation"], "{:.1%}"),
+        "step efficiency": (values["step_efficiency"], "{:.1%}"),
+        "both": (values["training_efficiency"], "{:.1%}"),
+    }
+    known = [f"{name} {shape.format(v)}" for name, (v, shape) in texts.items() if v is not None]
+    return ["  ".join(known)] if state.events else []
 
-    Raises:
-        KitError: a file of it cannot be read.
-    """
-    with Watcher(run) as watcher:
-        watcher.look()
-        if watcher.blind:
-            raise KitError(watcher.blind)
-        return watcher.state, watcher.events
+
+def _told(finding: Finding) -> str:
+    return f"{finding.severity.value.upper()}  {finding.kind}: {finding.message}"

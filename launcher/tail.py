@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 #: Bytes read from one file in one go, so that a large log is taken in pieces.
-CHUNK = 1 << 20
-#: A "line" longer than this is cut: no log of ours has one, and memory is finite.
-LONGEST_LINE = 8 << 20
+CHUNK = 4 << 20
+#: A "line" longer than this is dropped: memory is finite. (A quorum of ten thousand
+#: replica groups is a line of some six megabytes.)
+LONGEST_LINE = 64 << 20
 
 
 class Tail:
@@ -23,8 +24,10 @@ class Tail:
         self._offset = 0
         self._half = b""
 
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Lines that are complete now. A missing file has none yet.
+    def blocks(self) -> Iterator[tuple[int, bytes]]:
+        """Runs of lines that are complete now, each ending in a newline, with its offset.
+
+        A missing file has none yet.
 
         Raises:
             OSError: the file is there and cannot be read.
@@ -34,6 +37,13 @@ class Tail:
             # What was written to the old file before it was set aside is already drained.
             self.close()
             yield from self._drain()
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Lines that are complete now, without their newline; otherwise as ``blocks``."""
+        for offset, block in self.blocks():
+            for line in block[:-1].split(b"\n"):
+                yield offset, line
+                offset += len(line) + 1
 
     def __enter__(self) -> Tail:
         return self
@@ -49,7 +59,7 @@ class Tail:
     def _drain(self) -> Iterator[tuple[int, bytes]]:
         if self._file is None:
             try:
-                self._file = self.path.open("rb")
+                self._file = self.path.open("rb", buffering=0)
             except FileNotFoundError:
                 return
             self._inode = os.fstat(self._file.fileno()).st_ino
@@ -58,13 +68,17 @@ class Tail:
             self._offset, self._half = 0, b""  # truncated: it starts anew
         self._file.seek(self._offset + len(self._half))
         while chunk := self._file.read(CHUNK):
-            *whole, self._half = (self._half + chunk).split(b"\n")
-            for line in whole:
-                yield self._offset, line
-                self._offset += len(line) + 1
-            if len(self._half) > LONGEST_LINE:
-                self._offset += len(self._half)
-                self._half = b""
+            end = chunk.rfind(b"\n") + 1
+            if not end:
+                self._half += chunk
+                if len(self._half) > LONGEST_LINE:
+                    self._offset += len(self._half)
+                    self._half = b""
+                continue
+            block = self._half + chunk[:end]
+            start, self._half = self._offset, chunk[end:]
+            self._offset += len(block)
+            yield start, block
 
     def _replaced(self) -> bool:
         if self._file is None:

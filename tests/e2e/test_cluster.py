@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 
-from launcher.monitor import Watcher, read
 from launcher.sandbox import Sandbox
-from launcher.verdict import compare_weights
+from launcher.watcher import Watcher
 from tests.e2e.conftest import Workspace, eventually
 
 pytestmark = pytest.mark.slurm
@@ -57,7 +57,7 @@ def test_one_rank_a_group_stays_identical_and_a_killed_rank_is_never_silent(
     run = cluster.outputs.run_of_array(job)
     eventually(run.manifest_path.is_file, 30, "the run starts")
     try:
-        with Watcher(run) as watcher:
+        with Watcher.of_run(run) as watcher:
 
             def steps(replica: int) -> int:
                 watcher.look()
@@ -71,13 +71,16 @@ def test_one_rank_a_group_stays_identical_and_a_killed_rank_is_never_silent(
             assert final_state(sandbox, other) == "FAILED"
             assert f"already serves run tft-{job}" in refused
 
-            start = next(e for e in watcher.events if e.kind == "start" and e.replica == 1)
-            pid = int(start.get("pid"))
+            told = map(json.loads, run.events(1).read_text().splitlines())
+            pid = next(event["pid"] for event in told if event["kind"] == "start")
             os.kill(pid, signal.SIGKILL)
             eventually(lambda: final_state(sandbox, job, task=1), 30, "the killed task ends")
             alone = steps(0)
             eventually(lambda: steps(0) > alone + 3, 30, "the survivor trains on")
             assert watcher.state.groups[0].failed_commits <= 1
+            (incident,) = watcher.state.incidents
+            assert incident.why == f"process crash: rank 0 (pid {pid}) was killed by SIGKILL"
+            weights = watcher.state.weights
     finally:
         sandbox.slurm().cancel(job)
     assert final_state(sandbox, job, task=1) == "FAILED"
@@ -85,9 +88,8 @@ def test_one_rank_a_group_stays_identical_and_a_killed_rank_is_never_silent(
     assert (
         f"replica 1 (attempt 1) on worker-1 failed: rank 0 (pid {pid}) was killed by SIGKILL" in why
     )
-    weights = compare_weights(read(run)[1])
     assert weights.compared >= 8
-    assert not weights.different
+    assert not weights.differences
     eventually(lambda: final_state(sandbox, job, task=0), 30, "the cancelled task ends")
 
 

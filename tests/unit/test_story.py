@@ -3,19 +3,21 @@
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from launcher import events
 from launcher.events import Event
-from launcher.model import CriticalError, GroupState
-from launcher.monitor import Watcher, follow, line, read
+from launcher.findings import Severity
+from launcher.model import BlindError, CriticalError, GroupState
+from launcher.monitor import follow, line, once
 from launcher.rundir import Outputs, RunDir
 from launcher.slurm import Job, Slurm
+from launcher.snapshot import figures
 from launcher.state import RunState
-from launcher.verdict import compare_weights, judge, longest_pause, seconds_below_full
+from launcher.verdict import judge
+from launcher.watcher import Watcher
 from tests.conftest import FIXTURES, FakeRun
 
 
@@ -27,8 +29,15 @@ def run(tmp_path: Path) -> RunDir:
 
 
 @pytest.fixture
-def recorded(run: RunDir) -> list[Event]:
-    return read(run)[1]
+def recorded(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    """Every event of the run, in the order in which it is folded."""
+    seen: list[Event] = []
+    apply = RunState.apply
+    monkeypatch.setattr(RunState, "apply", lambda state, event: (seen.append(event), [])[1])
+    with Watcher.of_run(run) as watcher:
+        watcher.look(final=True)
+    monkeypatch.setattr(RunState, "apply", apply)
+    return seen
 
 
 def fold(story: list[Event]) -> RunState:
@@ -39,8 +48,8 @@ def fold(story: list[Event]) -> RunState:
 
 
 def test_the_story_of_a_lost_node(run: RunDir) -> None:
-    with Watcher(run) as watcher:
-        said = [line(notice) for notice in watcher.look()]
+    with Watcher.of_run(run) as watcher:
+        said = [line(notice) for notice in watcher.look(final=True)]
     told = "\n".join(said)
     for part in (
         "quorum 1 at step 0: 2 of 2 replica groups; replica 0 joined, replica 1 joined",
@@ -64,7 +73,9 @@ def test_the_state_at_the_end(recorded: list[Event]) -> None:
     assert [group.attempt for group in state.groups.values()] == [1, 2]
     (incident,) = state.incidents
     assert (incident.replica, incident.healed_from, incident.lost_at_step) == (1, 0, 10)
-    assert incident.cause == "stopped by SIGTERM"
+    assert incident.why == "unknown: stopped by SIGTERM"
+    assert (incident.steps_lost, round(incident.survivor_stall_s, 1)) == (1, 2.8)
+    assert incident.host == "worker-1"
     assert incident.recovered_at_step == 37
 
 
@@ -93,12 +104,21 @@ def test_slurm_says_what_a_lost_group_waits_for(recorded: list[Event]) -> None:
 
 
 def test_the_verdict_of_a_recovery(recorded: list[Event]) -> None:
-    verdict = judge(fold(recorded), recorded, lost=1)
+    verdict = judge(fold(recorded), lost=1)
     assert verdict.recovered, verdict.lines()
     assert verdict.lines()[0] == "verdict: RECOVERED"
-    assert compare_weights(recorded).compared == 186
-    assert longest_pause(recorded, 0) == pytest.approx(2.8, abs=0.1)
-    assert seconds_below_full(recorded, 2) == pytest.approx(16.2, abs=0.1)
+    state = fold(recorded)
+    assert state.weights.compared == 186
+    assert state.groups[0].longest_pause == pytest.approx(2.8, abs=0.1)
+    assert state.seconds_below_full == pytest.approx(16.2, abs=0.1)
+
+
+def test_the_figures(recorded: list[Event]) -> None:
+    values = figures(fold(recorded))
+    assert values["time_to_recover_s"] == pytest.approx(17.5, abs=0.1)
+    assert values["steps_lost"] == 1
+    assert values["participation"] == pytest.approx(0.92, abs=0.01)
+    assert values["step_efficiency"] == pytest.approx(211 / 212, abs=0.001)
 
 
 def without(story: list[Event], *kinds: str) -> list[Event]:
@@ -110,18 +130,18 @@ def test_one_different_weight_fails_the_verdict(recorded: list[Event]) -> None:
     bad = dict(recorded[last].fields) | {"hash": "0" * 16}
     story = [*recorded]
     story[last] = Event(t=recorded[last].t, kind="weights", replica=1, fields=bad)
-    verdict = judge(fold(story), story, lost=1)
+    verdict = judge(fold(story), lost=1)
     assert not verdict.recovered
     assert "weights DIFFER between replica groups at 1 of 186" in "\n".join(verdict.lines())
 
 
 def test_no_weights_compared_fails_the_verdict(recorded: list[Event]) -> None:
     story = without(recorded, "weights")
-    assert not judge(fold(story), story, lost=1).recovered
+    assert not judge(fold(story), lost=1).recovered
 
 
 def test_a_run_that_never_lost_anything_fails_the_verdict(recorded: list[Event]) -> None:
-    verdict = judge(fold(recorded), recorded, lost=0)
+    verdict = judge(fold(recorded), lost=0)
     assert "replica 0 never left the quorum" in "\n".join(verdict.lines())
     assert not verdict.recovered
 
@@ -129,12 +149,12 @@ def test_a_run_that_never_lost_anything_fails_the_verdict(recorded: list[Event])
 def test_a_second_failed_commit_of_the_survivor_fails_the_verdict(recorded: list[Event]) -> None:
     failed = next(e for e in recorded if e.kind == "commit" and not e.get("committed"))
     story = sorted([*recorded, failed], key=lambda e: e.t)
-    assert not judge(fold(story), story, lost=1).recovered
+    assert not judge(fold(story), lost=1).recovered
 
 
 def test_a_cut_short_run_fails_the_verdict(recorded: list[Event]) -> None:
     story = without(recorded, "exit", "end")
-    assert not judge(fold(story), story, lost=1).recovered
+    assert not judge(fold(story), lost=1).recovered
 
 
 def test_following_ends_with_the_run(run: RunDir, fake_run: FakeRun) -> None:
@@ -144,53 +164,71 @@ def test_following_ends_with_the_run(run: RunDir, fake_run: FakeRun) -> None:
     assert said[-1].startswith("replica 1  DONE      step   119  attempt 2  failed commits 0")
 
 
+def cut_short(run: RunDir) -> None:
+    lines = run.events(1).read_text().splitlines(keepends=True)
+    run.events(1).write_text("".join(lines[:-8]))
+
+
 def test_following_a_run_that_died_is_critical(
     run: RunDir, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.monitor.SETTLE", 0.0)
-    events_file = run.events(1)
-    lines = events_file.read_text().splitlines(keepends=True)
-    events_file.write_text("".join(lines[:-8]))
+    monkeypatch.setattr("launcher.monitor.QUIET_SECONDS", 0.0)
+    cut_short(run)
     fake_run.on("squeue", out="1|1|1|FAILED|w|NonZeroExitCode\n")
     with pytest.raises(CriticalError, match="ended before its last step"):
         follow(run, say=lambda text: None, slurm=Slurm(fake_run))
 
 
-def test_a_blind_look_says_so(run: RunDir, fake_run: FakeRun) -> None:
+def test_a_blind_monitor_does_not_look_healthy(run: RunDir, fake_run: FakeRun) -> None:
+    cut_short(run)
     fake_run.on("squeue", code=1, err="Unable to contact slurm controller")
-    with Watcher(run, Slurm(fake_run)) as watcher:
-        watcher.look()
-    assert "squeue could not be asked" in watcher.blind
-    assert watcher.live_tasks is None
+    said: list[str] = []
+    with Watcher.of_run(run, Slurm(fake_run)) as watcher:
+        code = once(watcher, say=said.append, as_json=True)
+        assert watcher.live_tasks is None
+    assert code == BlindError.exit_code
+    (finding,) = json.loads(said[0])["findings"]
+    assert (finding["kind"], finding["severity"]) == ("monitor_blind", Severity.CRITICAL.value)
+    assert "Unable to contact" in finding["message"]
+
+
+def test_the_interface_for_tools_on_bare_logs() -> None:
+    """A contract: these keys, these types, whatever else changes."""
+    folder = FIXTURES / "node-down"
+    said: list[str] = []
+    with Watcher.of_files(
+        folder / "lighthouse.log", sorted(folder.glob("*.events.jsonl"))
+    ) as watcher:
+        assert once(watcher, say=said.append, as_json=True) == 0
+    data = json.loads("\n".join(said))
+    assert set(data) == {"quorum_id", "step", "replicas", "incidents", "findings"}
+    assert (data["quorum_id"], data["step"], data["findings"]) == (3, 119, [])
+    assert data["replicas"] == [
+        {"id": 0, "state": "DONE", "step": 119, "failed_commits": 1, "attempts": 1},
+        {"id": 1, "state": "DONE", "step": 119, "failed_commits": 0, "attempts": 2},
+    ]
+    assert data["incidents"] == [
+        {
+            "replica": 1,
+            "kind": "replica_lost",
+            "cause": "unknown: stopped by SIGTERM",
+            "first_sign": "2026-11-20T14:05:32.156+00:00",
+            "detected_at": "2026-11-20T14:05:33.343+00:00",
+            "recovered_at": "2026-11-20T14:05:50.841+00:00",
+            "steps_lost": 1,
+            "survivor_stall_s": 2.757,
+        }
+    ]
 
 
 def test_lines_that_are_no_events_are_none() -> None:
     for junk in (b"", b"{}", b"null", b"[1]", b"\xff", b'{"t":"x","kind":"commit","replica":0}'):
         assert events.parse_replica_event(junk) is None
     assert events.parse_replica_event(b'{"t":1,"kind":"unheard of","replica":0}') is None
-    assert events.parse_lighthouse_line(b"Quorum! but not as we know it") is None
-
-
-def test_lighthouse_lines_of_older_versions_too() -> None:
-    """Without reconfigure_handles, as torchft wrote it before 2026."""
-    line = (
-        b"2025-07-16T13:51:42.123 [INFO] [torchft::lighthouse] - Quorum! Quorum { quorum_id: 4, "
-        b'participants: [QuorumMember { replica_id: "torchtitan_ft_1:3f-a", address: "http://w-1:1", '
-        b'store_address: "w-1:2", step: 302, world_size: 8, shrink_only: false, commit_failures: 0, '
-        b'data: "" }], created: Some(Timestamp { seconds: 1752673902, nanos: 1 }) }'
-    )
-    event = events.parse_lighthouse_line(line)
-    assert event is not None
-    assert event.fields == {"quorum_id": 4, "members": {1: ("3f-a", 302)}}
-    assert event.t == pytest.approx(1752673902.123)
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    yield from path.read_bytes().splitlines()
 
 
 def test_every_recorded_line_of_a_replica_is_an_event() -> None:
     for path in (FIXTURES / "node-down").glob("*.events.jsonl"):
-        for recorded_line in _lines(path):
+        for recorded_line in path.read_bytes().splitlines():
             assert events.parse_replica_event(recorded_line) is not None
             assert json.loads(recorded_line)["host"].startswith("worker-")

@@ -1,0 +1,241 @@
+"""What is wrong right now, by pure rules over a snapshot; each with a severity and a remedy."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from launcher.lighthouse_log import Waiting
+from launcher.model import GroupState
+from launcher.state import HANG_SECONDS, RunState
+
+#: A wait counts as a stall after this many usual steps (and at least ``HANG_SECONDS``).
+STALL_STEPS = 5.0
+#: Starts of one group within this time that make a storm.
+STORM_STARTS, STORM_SECONDS = 3, 600.0
+#: Losses on one node within this time that make it a bad node.
+BAD_NODE_LOSSES, BAD_NODE_SECONDS = 3, 1800.0
+#: Seconds during which a failed contact with the lighthouse counts as its absence.
+LIGHTHOUSE_SECONDS = 15.0
+#: Lines of a log without one event in them that mean its format is not understood.
+STRANGE_LINES = 500
+
+
+class Severity(enum.Enum):
+    """How bad it is."""
+
+    INFO = "info"
+    WARNING = "warning"
+    CRITICAL = "critical"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that is wrong, and what to do about it."""
+
+    kind: str
+    severity: Severity
+    message: str
+    replica: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Equal for the same thing at a later look."""
+        return f"{self.kind}:{'' if self.replica is None else self.replica}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """All that the rules may look at."""
+
+    state: RunState
+    now: float
+    waiting: Waiting = field(default_factory=Waiting)
+    """What the lighthouse's next quorum waits for."""
+    blind: Mapping[str, str] = field(default_factory=dict)
+    """Sources that cannot be read, with why."""
+    lines: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Lines read and events found, by log."""
+    job: str = "<job>"
+    """Array job id, for remedies."""
+
+
+Rule = Callable[[Snapshot], Iterator[Finding]]
+
+
+def judge(snapshot: Snapshot) -> list[Finding]:
+    """Every finding of every rule, the worst first."""
+    order = {Severity.CRITICAL: 0, Severity.WARNING: 1, Severity.INFO: 2}
+    found = [finding for rule in RULES for finding in rule(snapshot)]
+    return sorted(found, key=lambda finding: (order[finding.severity], finding.key))
+
+
+def _blind(snapshot: Snapshot) -> Iterator[Finding]:
+    for name, why in snapshot.blind.items():
+        yield Finding(
+            kind="monitor_blind",
+            severity=Severity.CRITICAL,
+            message=f"{name} cannot be read ({why}): what follows from it is not known",
+        )
+
+
+def _strange_logs(snapshot: Snapshot) -> Iterator[Finding]:
+    for name, (lines, events) in snapshot.lines.items():
+        if lines >= STRANGE_LINES and not events:
+            yield Finding(
+                kind="log_not_understood",
+                severity=Severity.WARNING,
+                message=f"{lines} lines of {name} and not one that is understood: is it the right "
+                "file, and a supported version of torchft?",
+            )
+
+
+def _stalled(snapshot: Snapshot) -> Iterator[Finding]:
+    state, waiting = snapshot.state, snapshot.waiting
+    if waiting.since is None or state.finished:
+        return
+    seconds = snapshot.now - waiting.since
+    usual = max((g.step_seconds or 0.0 for g in state.groups.values()), default=0.0)
+    if seconds < max(HANG_SECONDS, STALL_STEPS * usual):
+        return
+    missing = [r for r in state.members if r not in waiting.requested]
+    for replica in missing:
+        if state.group(replica).state in (GroupState.DONE, GroupState.LOST, GroupState.REQUEUED):
+            continue
+        yield Finding(
+            kind="replica_stalled",
+            severity=Severity.CRITICAL,
+            replica=replica,
+            message=f"replica {replica} has not joined the quorum that others wait {seconds:.0f} s "
+            f"for: look at its stacks, or end it with `scontrol requeue {snapshot.job}_{replica}`",
+        )
+    if "need at least half" in waiting.status:
+        yield Finding(
+            kind="survivor_blocked",
+            severity=Severity.CRITICAL,
+            message=f"no quorum for {seconds:.0f} s: too few of the heartbeating replica groups "
+            "join; the silent ones must end before the others can go on",
+        )
+    elif not missing:
+        yield Finding(
+            kind="quorum_stalled",
+            severity=Severity.WARNING,
+            message=f"no new quorum for {seconds:.0f} s: {waiting.status or 'no reason is logged'}",
+        )
+
+
+def _restart_storm(snapshot: Snapshot) -> Iterator[Finding]:
+    recent = Counter(
+        incident.replica
+        for incident in snapshot.state.incidents
+        if snapshot.now - incident.lost_at < STORM_SECONDS
+    )
+    for replica, count in recent.items():
+        if count >= STORM_STARTS:
+            yield Finding(
+                kind="restart_storm",
+                severity=Severity.WARNING,
+                replica=replica,
+                message=f"replica {replica} was lost {count} times in {STORM_SECONDS / 60:.0f} "
+                "minutes: see the causes; the same error every time is a configuration error",
+            )
+
+
+def _bad_node(snapshot: Snapshot) -> Iterator[Finding]:
+    recent = Counter(
+        incident.host
+        for incident in snapshot.state.incidents
+        if incident.host and snapshot.now - incident.lost_at < BAD_NODE_SECONDS
+    )
+    for host, count in recent.items():
+        if count >= BAD_NODE_LOSSES:
+            yield Finding(
+                kind="bad_node",
+                severity=Severity.WARNING,
+                message=f"replica groups were lost {count} times on {host}: leave it out with "
+                f"`sbatch --exclude={host}`, or `scontrol update NodeName={host} State=DRAIN`",
+            )
+
+
+def _weights(snapshot: Snapshot) -> Iterator[Finding]:
+    ledger = snapshot.state.weights
+    if ledger.differences:
+        step, rank = ledger.different[0]
+        yield Finding(
+            kind="weights_differ",
+            severity=Severity.CRITICAL,
+            message=f"weights differ between replica groups since step {step} (rank {rank}): stop, "
+            "and start again from a checkpoint before that step",
+        )
+
+
+def _loss(snapshot: Snapshot) -> Iterator[Finding]:
+    for group in snapshot.state.groups.values():
+        if group.loss is not None and not math.isfinite(group.loss):
+            yield Finding(
+                kind="loss_nan",
+                severity=Severity.CRITICAL,
+                replica=group.replica,
+                message=f"the loss of replica {group.replica} is {group.loss}: stop, and start again "
+                "from a checkpoint with a lower learning rate or without that data",
+            )
+
+
+def _in_the_queue(snapshot: Snapshot) -> Iterator[Finding]:
+    for group in snapshot.state.groups.values():
+        task = f"{snapshot.job}_{group.replica}"
+        if group.waiting == "BeginTime":
+            yield Finding(
+                kind="waiting_begin_time",
+                severity=Severity.INFO,
+                replica=group.replica,
+                message=f"replica {group.replica} waits for Slurm's requeue delay: its owner can cut "
+                f"it with `scontrol update JobId={task} StartTime=now`",
+            )
+        elif "held" in group.waiting.lower():
+            yield Finding(
+                kind="held_by_slurm",
+                severity=Severity.WARNING,
+                replica=group.replica,
+                message=f"replica {group.replica} is held ({group.waiting}): `scontrol release {task}`",
+            )
+
+
+def _second_copy(snapshot: Snapshot) -> Iterator[Finding]:
+    for replica, uuids in snapshot.state.second_copies.items():
+        yield Finding(
+            kind="second_copy",
+            severity=Severity.CRITICAL,
+            replica=replica,
+            message=f"{len(uuids)} copies of replica {replica} are in one quorum "
+            f"({', '.join(uuid[:8] for uuid in uuids)}): an old one lives on a node that Slurm has "
+            "given up; end it there",
+        )
+
+
+def _lighthouse(snapshot: Snapshot) -> Iterator[Finding]:
+    recent = [t for t in snapshot.state.lighthouse_errors if snapshot.now - t < LIGHTHOUSE_SECONDS]
+    if recent:
+        yield Finding(
+            kind="lighthouse_unreachable",
+            severity=Severity.CRITICAL,
+            message=f"replica groups cannot reach the lighthouse ({len(recent)} failures in "
+            f"{LIGHTHOUSE_SECONDS:.0f} s): `python -m launcher lighthouse status` on its host",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _blind,
+    _strange_logs,
+    _second_copy,
+    _weights,
+    _loss,
+    _stalled,
+    _lighthouse,
+    _restart_storm,
+    _bad_node,
+    _in_the_queue,
+)

@@ -1,0 +1,155 @@
+"""Reads the lighthouse's log at the speed of a search, not of a parser.
+
+A quorum line repeats at every step, grows with the number of replica groups, and says
+nothing new while its quorum id stays: only the id is looked at then. Formats of torchft since
+2025 are understood (older lines lack ``reconfigure_handles``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from launcher.events import Clock, Event, Source
+
+_QUORUM = b"Quorum! Quorum { quorum_id: "
+_MEMBER = re.compile(
+    rb'QuorumMember \{ replica_id: "(?:[^":]*?)(\d+):([^"]*)", address: "([^"]*)", '
+    rb'store_address: "[^"]*", step: (\d+), world_size: (\d+)'
+)
+_STEP = re.compile(rb" step: (\d+), ")
+_STATUS = b"Quorum status: "
+_FAILURES = b"Detected commit failures in ["
+_LISTENING = b"Lighthouse listening on: "
+_REQUEST = re.compile(rb"Received quorum request for replica \w*?(\d+):(\S+)")
+
+
+_BLOCKED = re.compile(rb"need at least half|not participating stragglers")
+
+
+@dataclass(slots=True)
+class Waiting:
+    """What happened since the newest quorum: who asked for the next one, and since when."""
+
+    since: float | None = None
+    """First request after the newest quorum, Unix seconds."""
+    requested: set[int] = field(default_factory=set)
+    status: str = ""
+    """Newest status that says why there is no quorum; empty when none was said."""
+
+
+class LighthouseReader:
+    """Events in the lighthouse's log; the same ones however the log is cut into blocks.
+
+    ============= ==================================================================
+    kind          fields
+    ============= ==================================================================
+    membership    ``quorum_id``, ``members``: [(replica, uuid, step, address)], and
+                  ``waited``: a ``Waiting`` of the time before; when the id changes
+    commit_failed ``ids``: the lighthouse was told of failed commits
+    listening     the lighthouse (re)started
+    ============= ==================================================================
+
+    ``step`` and ``waiting`` hold the newest step and what the next quorum waits for.
+    """
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._clock = Clock()
+        self._quorum_id = b""
+        self.step = 0
+        self.waiting = Waiting()
+        self.lines = 0
+
+    def read(self, offset: int, block: bytes) -> Iterator[Event]:
+        """Events in ``block`` (whole lines), which starts at ``offset`` of the file."""
+        self.lines += 1
+        found: list[tuple[int, Event]] = []
+        rare = sorted(
+            [(position, "listening") for position in _positions(block, _LISTENING)]
+            + [(position, "commit_failed") for position in _positions(block, _FAILURES)]
+        )
+        restarts = [position for position, kind in rare if kind == "listening"]
+        for position, kind in rare:
+            fields = {} if kind == "listening" else {"ids": _failed_ids(block, position)}
+            self._add(found, block, position, offset, kind, **fields)
+        last = 0
+        for position in _positions(block, _QUORUM):
+            start = position + len(_QUORUM)
+            quorum_id = block[start : block.find(b",", start, start + 24)]
+            if quorum_id != self._quorum_id or any(last <= r < position for r in restarts):
+                self._look_at_waiting(block, last, position)
+                self._new_quorum(found, block, position, offset, quorum_id)
+            self.waiting = Waiting()
+            last = position + 1
+        if last:
+            match = _STEP.search(block, last)
+            self.step = int(match[1]) if match else self.step
+        self._look_at_waiting(block, last, len(block))
+        found.sort(key=lambda pair: pair[0])
+        for _, event in found:
+            yield event
+
+    def _new_quorum(
+        self,
+        found: list[tuple[int, Event]],
+        block: bytes,
+        position: int,
+        offset: int,
+        quorum_id: bytes,
+    ) -> None:
+        if not quorum_id.isdigit():
+            return
+        self._quorum_id = quorum_id
+        end = block.find(b"\n", position)
+        members = [
+            (int(m[1]), m[2].decode(errors="replace"), int(m[4]), m[3].decode(errors="replace"))
+            for m in _MEMBER.finditer(block, position, end)
+        ]
+        fields = {"quorum_id": int(quorum_id), "members": members, "waited": self.waiting}
+        self._add(found, block, position, offset, "membership", **fields)
+
+    def _look_at_waiting(self, block: bytes, start: int, end: int) -> None:
+        """Take in the requests and the status between two quorums."""
+        waiting = self.waiting
+        for match in _REQUEST.finditer(block, start, end):
+            if waiting.since is None:
+                waiting.since = self._time(block, match.start())
+            waiting.requested.add(int(match[1]))
+        status = block.rfind(_STATUS, start, end)
+        if status >= 0:
+            text = block[status + len(_STATUS) : block.find(b"\n", status)]
+            waiting.status = text.decode(errors="replace") if _BLOCKED.search(text) else ""
+
+    def _time(self, block: bytes, position: int) -> float | None:
+        start = block.rfind(b"\n", max(0, position - 200), position) + 1
+        return self._clock.seconds(block[start : start + 30].decode(errors="replace"))
+
+    def _add(
+        self,
+        found: list[tuple[int, Event]],
+        block: bytes,
+        position: int,
+        offset: int,
+        kind: str,
+        **fields: object,
+    ) -> None:
+        t = self._time(block, position)
+        if t is None:
+            return
+        start = block.rfind(b"\n", max(0, position - 200), position) + 1
+        source = Source(self._file, offset + start)
+        found.append((position, Event(t=t, kind=kind, fields=fields, source=source)))
+
+
+def _failed_ids(block: bytes, position: int) -> list[str]:
+    end = block.find(b"]", position)
+    return block[position + len(_FAILURES) : end].decode(errors="replace").split(", ")
+
+
+def _positions(block: bytes, needle: bytes) -> Iterator[int]:
+    position = block.find(needle)
+    while position >= 0:
+        yield position
+        position = block.find(needle, position + len(needle))

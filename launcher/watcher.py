@@ -1,0 +1,179 @@
+"""Gathers what there is to see of a run: its logs, its events, and Slurm's word."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from launcher.events import TEXT_ONLY_KINDS, Event, ReplicaEventReader, ReplicaLogReader
+from launcher.findings import Finding, Snapshot, judge
+from launcher.lighthouse_log import LighthouseReader, Waiting
+from launcher.model import BlindError
+from launcher.rundir import RunDir
+from launcher.slurm import Slurm
+from launcher.state import Notice, RunState
+from launcher.tail import Tail
+
+#: Seconds between two questions to Slurm.
+ASK_EVERY = 2.0
+#: Seconds for which a fresh event is held back, so that events of several files are folded
+#: in the order in which they happened.
+SETTLE = 0.4
+
+
+class Reader(Protocol):
+    """Turns blocks of one log into events."""
+
+    lines: int
+
+    def read(self, offset: int, block: bytes) -> Iterator[Event]: ...
+
+
+@dataclass(slots=True)
+class Log:
+    """One log that is followed."""
+
+    tail: Tail
+    reader: Reader
+    wanted: Callable[[Event], bool]
+    events: int = 0
+
+
+class Watcher:
+    """Reads one run; every look folds in what is new."""
+
+    def __init__(self, logs: list[Log], state: RunState, *, job: int | None, slurm: Slurm | None):
+        self.state = state
+        self.blind: dict[str, str] = {}
+        """Sources that could not be read at the last look, with why."""
+        self.live_tasks: int | None = None
+        """Array tasks that Slurm may still run; None until it could be asked."""
+        self._logs = logs
+        self._job = job
+        self._slurm = slurm
+        self._asked = float("-inf")
+        self._held: list[tuple[float, int, Event]] = []
+        self._numbers = itertools.count()
+
+    @classmethod
+    def of_run(cls, run: RunDir, slurm: Slurm | None = None) -> Watcher:
+        """Watch a run of ours by everything in its directory."""
+        manifest = run.manifest()
+        rotated = run.lighthouse_log.with_name(run.lighthouse_log.name + ".1")
+        logs = [_lighthouse(path) for path in (rotated, run.lighthouse_log)]
+        for replica in range(manifest.group_size):
+            path = run.events(replica)
+            logs.append(Log(Tail(path), ReplicaEventReader(path.name), lambda event: True))
+            # The text logs tell again what the structured events say: only the rest is news.
+            logs += [
+                _text(run.log(replica, stream), replica, lambda e: e.kind in TEXT_ONLY_KINDS)
+                for stream in ("out", "err")
+            ]
+        state = RunState(manifest.group_size, manifest.steps)
+        return cls(logs, state, job=manifest.array_job_id, slurm=slurm)
+
+    @classmethod
+    def of_files(cls, lighthouse_log: Path | None, replica_logs: Sequence[Path]) -> Watcher:
+        """Watch bare log files, of a run of anybody's."""
+        logs = [_lighthouse(lighthouse_log)] if lighthouse_log is not None else []
+        logs += [
+            Log(Tail(path), ReplicaEventReader(path.name), lambda event: True)
+            if path.suffix == ".jsonl"
+            else _text(path, _replica_by_name(path), lambda event: True)
+            for path in replica_logs
+        ]
+        return cls(logs, RunState(0), job=None, slurm=None)
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files; a later look opens them again and tells all anew."""
+        for log in self._logs:
+            log.tail.close()
+
+    def look(self, *, final: bool = False) -> list[Notice]:
+        """Read what is new; returns its story in order of time.
+
+        Args:
+            final: hold nothing back for late lines of other files.
+        """
+        self.blind = {}
+        for log in self._logs:
+            try:
+                for offset, block in log.tail.blocks():
+                    for event in log.reader.read(offset, block):
+                        log.events += 1
+                        if log.wanted(event):
+                            heapq.heappush(self._held, (event.t, next(self._numbers), event))
+            except OSError as error:
+                self.blind[str(log.tail.path)] = error.strerror or str(error)
+        notices = []
+        ripe = time.time() - SETTLE
+        while self._held and (final or self._held[0][0] <= ripe):
+            notices += self.state.apply(heapq.heappop(self._held)[2])
+        return notices + self._ask()
+
+    def findings(self, now: float | None = None) -> list[Finding]:
+        """What is wrong; ``now`` defaults to the present."""
+        return judge(
+            Snapshot(
+                state=self.state,
+                now=time.time() if now is None else now,
+                waiting=self.waiting,
+                blind=self.blind,
+                lines={str(log.tail.path): (log.reader.lines, log.events) for log in self._logs},
+                job=str(self._job or "<job>"),
+            )
+        )
+
+    @property
+    def waiting(self) -> Waiting:
+        """What the lighthouse's next quorum waits for."""
+        for log in reversed(self._logs):
+            if isinstance(log.reader, LighthouseReader) and log.reader.lines:
+                return log.reader.waiting
+        return Waiting()
+
+    def _ask(self) -> list[Notice]:
+        if self._slurm is None or self._job is None:
+            return []
+        if time.monotonic() - self._asked >= ASK_EVERY:
+            self._asked = time.monotonic()
+            try:
+                jobs = self._slurm.jobs(self._job)
+            except BlindError as error:
+                self._slurm_problem = str(error)
+                self.live_tasks = None
+            else:
+                self._slurm_problem = ""
+                self.live_tasks = sum(job.live for job in jobs)
+                return self.state.observe(jobs, time.time())
+        if self._slurm_problem:
+            self.blind["Slurm"] = self._slurm_problem
+        return []
+
+    _slurm_problem: str = ""
+
+
+def _lighthouse(path: Path) -> Log:
+    return Log(Tail(path), LighthouseReader(path.name), lambda event: True)
+
+
+def _replica_by_name(path: Path) -> int | None:
+    """Logs of array tasks end in the task's index, as in ``tft-12_3.err``."""
+    match = re.search(r"_(\d+)\.\w+$", path.name)
+    return int(match[1]) if match else None
+
+
+def _text(path: Path, replica: int | None, wanted: Callable[[Event], bool]) -> Log:
+    return Log(Tail(path), ReplicaLogReader(path.name, replica), wanted)
