@@ -15,7 +15,7 @@ from launcher.monitor import follow, line, once
 from launcher.rundir import Outputs, RunDir
 from launcher.slurm import Job, Slurm
 from launcher.snapshot import figures
-from launcher.state import RunState
+from launcher.state import Notice, RunState
 from launcher.verdict import judge
 from launcher.watcher import Watcher
 from tests.conftest import FIXTURES, FakeRun
@@ -33,7 +33,12 @@ def recorded(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     """Every event of the run, in the order in which it is folded."""
     seen: list[Event] = []
     apply = RunState.apply
-    monkeypatch.setattr(RunState, "apply", lambda state, event: (seen.append(event), [])[1])
+
+    def keep(state: RunState, event: Event) -> list[Notice]:
+        seen.append(event)
+        return []
+
+    monkeypatch.setattr(RunState, "apply", keep)
     with Watcher.of_run(run) as watcher:
         watcher.look(final=True)
     monkeypatch.setattr(RunState, "apply", apply)
@@ -212,11 +217,11 @@ def test_the_interface_for_tools_on_bare_logs() -> None:
             "replica": 1,
             "kind": "replica_lost",
             "cause": "unknown: stopped by SIGTERM",
-            "first_sign": "2026-11-20T14:05:32.156+00:00",
-            "detected_at": "2026-11-20T14:05:33.343+00:00",
-            "recovered_at": "2026-11-20T14:05:50.841+00:00",
+            "first_sign": "2026-11-20T14:05:32.035+00:00",
+            "detected_at": "2026-11-20T14:05:33.248+00:00",
+            "recovered_at": "2026-11-20T14:05:50.698+00:00",
             "steps_lost": 1,
-            "survivor_stall_s": 2.757,
+            "survivor_stall_s": 2.82,
         }
     ]
 
