@@ -60,6 +60,8 @@ class Watcher:
         self._asked = float("-inf")
         self._held: list[tuple[float, int, Event]] = []
         self._numbers = itertools.count()
+        self.on_event: Callable[[RunState, Event], None] = lambda state, event: None
+        """Called after each event has been folded in (a history, for example)."""
 
     @classmethod
     def of_run(cls, run: RunDir, slurm: Slurm | None = None) -> Watcher:
@@ -120,7 +122,9 @@ class Watcher:
         notices = []
         ripe = time.time() - SETTLE
         while self._held and (final or self._held[0][0] <= ripe):
-            notices += self.state.apply(heapq.heappop(self._held)[2])
+            event = heapq.heappop(self._held)[2]
+            notices += self.state.apply(event)
+            self.on_event(self.state, event)
         return notices + self._ask()
 
     def findings(self, now: float | None = None) -> list[Finding]:
