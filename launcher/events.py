@@ -198,6 +198,9 @@ PATTERNS = (
     ),
 )
 
+#: Lines looked back over for a time stamp.
+FARTHEST_STAMP = 500
+
 _COMPILED = [(pattern.kind, re.compile(pattern.regex)) for pattern in PATTERNS]
 #: One pass over a line that tells most lines apart from those worth trying the table on.
 _WORTH = re.compile(
@@ -246,16 +249,32 @@ class ReplicaLogReader:
 
     def read(self, offset: int, block: bytes) -> Iterator[Event]:
         """Events in ``block`` (whole lines), which starts at ``offset`` of the file."""
+        position = 0
         for raw in block[:-1].split(b"\n"):
             self.lines += 1
             if _WORTH.search(raw):
-                event = self._event(_DECORATION.sub("", raw.decode(errors="replace")), offset)
+                line = _DECORATION.sub("", raw.decode(errors="replace"))
+                t = self._clock.seconds(line) or self._time_before(block, position)
+                event = self._event(line, t, offset + position)
                 if event is not None:
                     yield event
-            offset += len(raw) + 1
+            position += len(raw) + 1
+        self._now = self._time_before(block, len(block))
 
-    def _event(self, line: str, offset: int) -> Event | None:
-        self._now = self._clock.seconds(line) or self._now
+    def _time_before(self, block: bytes, position: int) -> float:
+        """Time of the nearest stamped line before ``position``: a line without a stamp
+        (of a traceback, say) happened with the stamped one before it."""
+        for _ in range(FARTHEST_STAMP):
+            if position <= 0:
+                break
+            start = block.rfind(b"\n", 0, position - 1) + 1
+            stamp = self._clock.seconds(block[start : start + 80].decode(errors="replace"))
+            if stamp is not None:
+                return stamp
+            position = start
+        return self._now
+
+    def _event(self, line: str, t: float, offset: int) -> Event | None:
         for kind, regex in _COMPILED:
             match = regex.search(line)
             if match is None:
@@ -280,7 +299,7 @@ class ReplicaLogReader:
             if "text" in fields:
                 fields["text"] = fields["text"][:500]
             return Event(
-                t=self._now,
+                t=t,
                 kind=kind,
                 replica=self._replica,
                 fields=fields,

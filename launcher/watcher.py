@@ -113,10 +113,7 @@ class Watcher:
         for log in self._logs:
             try:
                 for offset, block in log.tail.blocks():
-                    for event in log.reader.read(offset, block):
-                        log.events += 1
-                        if log.wanted(event):
-                            heapq.heappush(self._held, (event.t, next(self._numbers), event))
+                    self._hold(log, offset, block)
             except OSError as error:
                 self.blind[str(log.tail.path)] = error.strerror or str(error)
         notices = []
@@ -126,6 +123,13 @@ class Watcher:
             notices += self.state.apply(event)
             self.on_event(self.state, event)
         return notices + self._ask()
+
+    def _hold(self, log: Log, offset: int, block: bytes) -> None:
+        """Put the events of a block in line, in order of time."""
+        for event in log.reader.read(offset, block):
+            log.events += 1
+            if log.wanted(event):
+                heapq.heappush(self._held, (event.t, next(self._numbers), event))
 
     def findings(self, now: float | None = None) -> list[Finding]:
         """What is wrong; ``now`` defaults to the present."""

@@ -1,0 +1,181 @@
+"""Readers of logs: every pattern on its sample; any cut, any bytes, the same incidents."""
+
+from __future__ import annotations
+
+import random
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.events import PATTERNS, Event, ReplicaLogReader
+from launcher.lighthouse_log import LighthouseReader
+from launcher.snapshot import as_data
+from launcher.state import RunState
+from launcher.watcher import Watcher
+from tests.conftest import FIXTURES
+
+SCENES = sorted(path for path in FIXTURES.iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.kind)
+def test_each_pattern_reads_its_sample(pattern: Any) -> None:
+    reader = ReplicaLogReader("sample", replica=7)
+    prefix = "[rank0]:" if pattern.seen.startswith("torch") else ""
+    (event,) = reader.read(0, f"{prefix}{pattern.sample}\n".encode())
+    assert event.kind == pattern.kind
+    assert event.replica is not None
+    groups = set(re.compile(pattern.regex).groupindex) - {"replica", "time", "due"}
+    assert groups <= set(event.fields), "every named group of the pattern becomes a field"
+
+
+@pytest.mark.parametrize("kind", ["commit", "metrics", "launch", "slurm_cancelled"])
+def test_the_time_is_the_lines_own(kind: str) -> None:
+    sample = next(pattern.sample for pattern in PATTERNS if pattern.kind == kind)
+    (event,) = ReplicaLogReader("sample", replica=0).read(0, f"{sample}\n".encode())
+    assert 1795181000 < event.t < 1795187000
+
+
+def test_a_line_without_a_time_happened_with_the_one_before() -> None:
+    text = (
+        b"[rank0]:[titan] 2026-11-20 14:31:46,888 - root - INFO - hello\n"
+        b"[rank0]:Traceback (most recent call last):\n"
+        b"[rank0]:torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+    )
+    (event,) = ReplicaLogReader("x", 0).read(100, text)
+    assert (event.kind, event.t) == ("out_of_memory", 1795185106.888)
+    assert event.source is not None
+    assert text[event.source.offset - 100 :].startswith(b"[rank0]:torch.OutOfMemoryError")
+
+
+def lighthouse_events(blocks: list[bytes]) -> list[Event]:
+    reader, offset, found = LighthouseReader("l"), 0, []
+    for block in blocks:
+        found += list(reader.read(offset, block))
+        offset += len(block)
+    return found
+
+
+def cut(data: bytes, chances: random.Random) -> list[bytes]:
+    """``data`` in random runs of whole lines, as a tail delivers it."""
+    blocks, current = [], b""
+    for line in data.splitlines(keepends=True):
+        current += line
+        if chances.random() < 0.05:
+            blocks.append(current)
+            current = b""
+    return [*blocks, current] if current else blocks
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda path: path.name)
+def test_however_the_lighthouse_log_is_cut_it_says_the_same(scene: Path) -> None:
+    data = (scene / "lighthouse.log").read_bytes()
+    whole = lighthouse_events([data])
+    assert [e.get("quorum_id") for e in whole if e.kind == "membership"]
+    for seed in range(8):
+        assert lighthouse_events(cut(data, random.Random(seed))) == whole
+    assert lighthouse_events(data.splitlines(keepends=True)) == whole
+
+
+def test_lines_of_older_versions_too() -> None:
+    """Without reconfigure_handles, as torchft wrote them in 2025."""
+    line = (
+        b"2025-07-16T13:51:42.123 [INFO] [torchft::lighthouse] - Quorum! Quorum { quorum_id: 4, "
+        b'participants: [QuorumMember { replica_id: "torchtitan_ft_1:3f-a", address: "http://w-1:1", '
+        b'store_address: "w-1:2", step: 302, world_size: 8, shrink_only: false, commit_failures: 0, '
+        b'data: "" }], created: Some(Timestamp { seconds: 1752673902, nanos: 1 }) }\n'
+    )
+    (event,) = lighthouse_events([line])
+    assert event.t == pytest.approx(1752673902.123)
+    assert event.get("members") == [(1, "3f-a", 302, "http://w-1:1")]
+
+
+def test_a_restarted_lighthouse_counts_from_one_again() -> None:
+    scene = (FIXTURES / "node-down" / "lighthouse.log").read_bytes()
+    listening = b"2026-11-20T15:00:00.000 [INFO] [torchft::lighthouse] - Lighthouse listening on: http://x:1\n"
+    quorum = next(line for line in scene.splitlines(keepends=True) if b"Quorum! " in line)
+    events = lighthouse_events([quorum, listening + quorum, quorum])
+    assert [event.kind for event in events] == ["membership", "listening", "membership"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.binary(max_size=400), st.integers(0, 3))
+def test_any_bytes_among_real_lines_give_no_crash(noise: bytes, position: int) -> None:
+    scene = FIXTURES / "node-down"
+    for path in (scene / "lighthouse.log", scene / "tft-5183502_1.events.jsonl"):
+        lines = path.read_bytes().splitlines(keepends=True)[:40]
+        lines.insert(position * 10, noise + b"\n")
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, path.name)
+            copy.write_bytes(b"".join(lines))
+            is_lighthouse = path.suffix == ".log"
+            watcher = Watcher.of_files(
+                copy if is_lighthouse else None, [] if is_lighthouse else [copy]
+            )
+            with watcher:
+                watcher.look(final=True)
+                as_data(watcher.state, watcher.findings())
+
+
+def replica_logs(scene: Path) -> list[Path]:
+    return sorted(
+        path for path in scene.iterdir() if path.name not in ("lighthouse.log", "run.json")
+    )
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda path: path.name)
+@pytest.mark.parametrize("seed", range(3))
+def test_growing_files_and_restarts_tell_the_same_story(
+    scene: Path, seed: int, tmp_path: Path
+) -> None:
+    """Files that grow in any interleaving and are cut at any byte, a monitor that is
+    restarted: in the end the same incidents as one pass over the whole."""
+    paths = [scene / "lighthouse.log", *replica_logs(scene)]
+
+    def watch(folder: Path) -> Watcher:
+        lighthouse, *rest = (folder / path.name for path in paths)
+        return Watcher.of_files(lighthouse, rest)
+
+    with watch(scene) as watcher:
+        watcher.look(final=True)
+        expected = as_data(watcher.state, [])
+    chances = random.Random(seed)
+    left = {path: path.read_bytes() for path in paths}
+    watcher = watch(tmp_path)
+    while any(left.values()):
+        path = chances.choice([p for p, data in left.items() if data])
+        size = chances.randrange(1, 60_000)
+        with (tmp_path / path.name).open("ab") as file:
+            file.write(left[path][:size])
+        left[path] = left[path][size:]
+        if chances.random() < 0.2:
+            watcher.close()
+            watcher = watch(tmp_path)
+        for log in watcher._logs:  # read, but fold only at the end: the logs are of the past
+            for offset, block in log.tail.blocks():
+                watcher._hold(log, offset, block)
+    watcher.look(final=True)
+    assert as_data(watcher.state, []) == expected
+    watcher.close()
+
+
+def test_the_state_after_many_steps_is_no_larger_than_after_few() -> None:
+    def size_after(steps: int) -> int:
+        import pickle
+
+        state = RunState(2, None)
+        for step in range(steps):
+            for replica in (0, 1):
+                t = 1000.0 + step
+                fields = {"step": step, "committed": True, "rank": 0}
+                state.apply(Event(t=t, kind="commit", replica=replica, fields=fields))
+                fields = {"step": step, "rank": 0, "hash": step}
+                state.apply(Event(t=t, kind="weights", replica=replica, fields=fields))
+        return len(pickle.dumps(state))
+
+    few, many = size_after(5_000), size_after(20_000)
+    assert many < few * 1.05
