@@ -98,8 +98,9 @@ def test_a_restarted_lighthouse_counts_from_one_again() -> None:
     scene = (FIXTURES / "node-down" / "lighthouse.log").read_bytes()
     listening = b"2026-11-20T15:00:00.000 [INFO] [torchft::lighthouse] - Lighthouse listening on: http://x:1\n"
     quorum = next(line for line in scene.splitlines(keepends=True) if b"Quorum! " in line)
-    events = lighthouse_events([quorum, listening + quorum, quorum])
-    assert [event.kind for event in events] == ["membership", "listening", "membership"]
+    for blocks in ([quorum, listening + quorum, quorum], [quorum, listening, quorum, quorum]):
+        kinds = [event.kind for event in lighthouse_events(blocks)]
+        assert kinds == ["membership", "listening", "membership"]
 
 
 @settings(max_examples=80, deadline=None)
