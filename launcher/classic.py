@@ -62,6 +62,8 @@ def run_classic(env: Mapping[str, str], slurm: Slurm) -> int:
         complain(
             f"node {node_rank} on {node} failed: {why(failures)}; every rank's output: {ranks}"
         )
+    else:
+        say(f"node {node_rank} on {node} finished")
     return code
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher.model import KitError
+
+if TYPE_CHECKING:
+    from launcher.lighthouse import LighthouseDir
+    from launcher.slurm import Slurm
 
 app = typer.Typer(
     name="launcher",
@@ -67,6 +72,7 @@ def lighthouse_up(
 
     from launcher.lighthouse import LighthouseDir
     from launcher.rundir import Outputs
+    from launcher.slurm import Slurm
     from launcher.supervisor import LighthouseSettings, Supervisor, start_detached
 
     if not bind and host in ("127.0.0.1", "localhost", "::1"):
@@ -81,6 +87,7 @@ def lighthouse_up(
         quorum_tick_ms=quorum_tick_ms,
     )
     place = Outputs(outputs.absolute())
+    LighthouseDir.of(place, settings.url).release_if_ended(Slurm())
     if not detach:
         Supervisor(settings, place, say=_say).run()
         return
@@ -97,7 +104,7 @@ def lighthouse_down(
     from launcher.supervisor import stop
 
     folder = _lighthouse_folder(outputs, host, port)
-    _say("lighthouse down" if stop(folder) else f"no lighthouse is up at {folder.path.name}")
+    _say("lighthouse down" if stop(folder) else f"no lighthouse is up at {folder.label}")
 
 
 @lighthouse_app.command("status")
@@ -110,20 +117,20 @@ def lighthouse_status(
     folder = _lighthouse_folder(outputs, host, port)
     address = folder.address()
     if address is None:
-        _say(f"no lighthouse is up at {folder.path.name}")
+        _say(f"no lighthouse is up at {folder.label}")
         raise typer.Exit(1)
     problem = answers(address.url)
     run = folder.claimed_by()
     _say(
         f"lighthouse {address.url} (pid {address.pid} on {address.host}, {address.user}): "
         + ("answers" if problem is None else f"does not answer: {problem}")
-        + (f"; serves run tft-{run}" if run is not None else "; serves no run yet")
+        + (f"; claimed by run tft-{run}" if run is not None else "; serves no run yet")
     )
     if problem is not None:
         raise typer.Exit(1)
 
 
-def _lighthouse_folder(outputs: Path, host: str, port: int):  # type: ignore[no-untyped-def]
+def _lighthouse_folder(outputs: Path, host: str, port: int) -> LighthouseDir:
     import socket
 
     from launcher.lighthouse import LighthouseDir
@@ -133,22 +140,33 @@ def _lighthouse_folder(outputs: Path, host: str, port: int):  # type: ignore[no-
     return LighthouseDir.of(Outputs(outputs.absolute()), url)
 
 
-@app.command()
+@app.command(hidden=True)
 def replica() -> None:
     """Run this array task's replica group (called by the job script)."""
     from launcher.replica import run_replica
-    from launcher.slurm import Slurm
 
-    raise typer.Exit(run_replica(os.environ, Slurm()))
+    _task(run_replica)
 
 
-@app.command()
+@app.command(hidden=True)
 def classic() -> None:
     """Run this node's part of the classic job (called by the job script)."""
     from launcher.classic import run_classic
+
+    _task(run_classic)
+
+
+def _task(run: Callable[[Mapping[str, str], Slurm], int]) -> None:
+    """Run a task's node side; what is missing is a stamped line in its error log."""
+    from launcher.payload import complain
     from launcher.slurm import Slurm
 
-    raise typer.Exit(run_classic(os.environ, Slurm()))
+    try:
+        code = run(os.environ, Slurm())
+    except KitError as error:
+        complain(f"error: {error}")
+        code = error.exit_code
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -218,8 +236,9 @@ def sandbox_up(
     from launcher.sandbox import Sandbox
 
     sandbox = Sandbox(folder)
-    sandbox.up(nodes)
-    _say(f"sandbox up: {nodes} nodes in {folder}. To use it in a shell:")
+    started = sandbox.up(nodes)
+    is_up = "up" if started else "is already up"
+    _say(f"sandbox {is_up}: {nodes} nodes in {folder}. To use it in a shell:")
     _say(_exports(sandbox.environment()))
 
 

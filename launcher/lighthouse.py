@@ -50,6 +50,8 @@ class LighthouseDir:
         self.path = path
         self.log = path / "lighthouse.log"
         self.supervisor_log = path / "supervisor.log"
+        self.label = ":".join(path.name.rsplit("-", 1))
+        """``host:port``, for people."""
 
     @classmethod
     def of(cls, outputs: Outputs, url: str) -> LighthouseDir:
@@ -84,6 +86,13 @@ class LighthouseDir:
         raw = read_json(self._claim)
         return None if raw is None else int(raw["array_job_id"])
 
+    def release_if_ended(self, slurm: Slurm) -> None:
+        """Forget the run served last, when Slurm says that it has ended."""
+        with contextlib.suppress(KitError):
+            run = self.claimed_by()
+            if run is not None and not any(job.live for job in slurm.jobs(run)):
+                self._claim.unlink(missing_ok=True)
+
     def claim(self, array_job_id: int, slurm: Slurm) -> None:
         """Make this lighthouse serve the run of ``array_job_id``.
 
@@ -99,7 +108,7 @@ class LighthouseDir:
             other = self.claimed_by()
             if other is not None and other != array_job_id and _in_queue(other, slurm):
                 raise UsageError(
-                    f"the lighthouse {self.path.name} already serves run tft-{other}, which is "
+                    f"the lighthouse {self.label} already serves run tft-{other}, which is "
                     "still in the queue: two runs on one lighthouse would train as one. Wait for "
                     f"it, `scancel {other}`, or start a second lighthouse (`python -m launcher "
                     "lighthouse up --port 29511`) and set TORCHFT_LIGHTHOUSE to its address"

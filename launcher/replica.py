@@ -14,7 +14,7 @@ from launcher.config import Site
 from launcher.environment import Task, replica_environment
 from launcher.model import UsageError
 from launcher.payload import Payload, complain, say, why
-from launcher.rundir import Manifest, Outputs, RunDir
+from launcher.rundir import Manifest, Outputs, RunDir, create_once
 from launcher.slurm import Slurm
 
 _PACKAGES = ("torch", "torchft-nightly", "torchtitan")
@@ -59,6 +59,11 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
             f"replica {task.replica} is outside run {run.name}, which has {manifest.group_size} "
             "replica groups (0 and up); its data is split by that number"
         )
+    if run.finished.exists():
+        # Alone, it would train again from the beginning: there is no peer left to heal from.
+        say(f"run {run.name} has finished: nothing is left to train for replica {task.replica}")
+        _note(run, task, "exit", code=0, reason="the run has finished")
+        return 0
     return _train(env, site, manifest, run, task)
 
 
@@ -87,6 +92,7 @@ def _train(env: Mapping[str, str], site: Site, manifest: Manifest, run: RunDir, 
         complain(f"{name} failed: {reason}; every rank's output: {ranks}")
     else:
         reason = "finished"
+        create_once(run.finished, json.dumps({"replica": task.replica, "t": time.time()}) + "\n")
         say(f"{name} finished")
     _note(run, task, "exit", code=code, reason=reason)
     return code

@@ -75,6 +75,21 @@ class RunDir:
     def events(self, replica: int) -> Path:
         return self.path / f"{self.name}_{replica}.events.jsonl"
 
+    @property
+    def finished(self) -> Path:
+        """Exists once a replica group has trained to the last step: the model is complete."""
+        return self.path / "finished.json"
+
+    def last_words(self, replica: int | None = None) -> str:
+        """Last line of the error logs, of one replica group or of whichever has one."""
+        pattern = f"{self.name}_{'*' if replica is None else replica}.err"
+        for path in sorted(self.path.glob(pattern)):
+            with contextlib.suppress(OSError):
+                lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+                if words := [line for line in lines if line.strip()]:
+                    return words[-1].strip()
+        return ""
+
     def ranks(self, replica: int, attempt: int) -> Path:
         return self.path / "ranks" / f"{replica}.{attempt}"
 
@@ -98,7 +113,9 @@ class RunDir:
         """
         raw = read_json(self.manifest_path)
         if raw is None:
-            raise UsageError(f"no run at {self.path}: {self.manifest_path.name} is missing")
+            said = self.last_words()
+            why = f"; its error log says: {said}" if said else ""
+            raise UsageError(f"run {self.name} has not started: no {self.manifest_path}{why}")
         known = {f.name for f in fields(Manifest)}
         try:
             values = {key: value for key, value in raw.items() if key in known}
@@ -126,9 +143,9 @@ class Outputs:
         return RunDir(self.torchft / f"tft-{array_job_id}")
 
     def runs(self) -> list[RunDir]:
-        """Runs that have a manifest, oldest first."""
-        found = [RunDir(path.parent) for path in self.torchft.glob("tft-*/run.json")]
-        return sorted(found, key=lambda run: (run.manifest().created, run.name))
+        """Runs by the time of their start, oldest first; those too that failed to start."""
+        found = [RunDir(path) for path in self.torchft.glob("tft-*") if path.is_dir()]
+        return sorted(found, key=_started)
 
     def find(self, name: str | None) -> RunDir:
         """A run by name (``tft-12``), array job id (``12``) or path; None: the newest.
@@ -149,6 +166,14 @@ class Outputs:
             return direct
         known = ", ".join(run.name for run in runs[-5:]) or "none yet"
         raise UsageError(f"no run {name!r} under {self.torchft}; the newest are: {known}")
+
+
+def _started(run: RunDir) -> tuple[float, str]:
+    """When a run started: as its manifest says, else (it has none yet) by its folder's age."""
+    try:
+        return run.manifest().created, run.name
+    except KitError:
+        return run.path.stat().st_mtime, run.name
 
 
 def create_once(path: Path, content: str) -> bool:

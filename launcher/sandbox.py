@@ -89,8 +89,8 @@ class Sandbox:
         setting = f"SLURM_CONF={self.conf}"
         return Slurm(lambda argv: run(["env", setting, *argv]))
 
-    def up(self, nodes: int = 3) -> None:
-        """Bring the sandbox up; does nothing when it is up with as many nodes.
+    def up(self, nodes: int = 3) -> bool:
+        """Bring the sandbox up; False when it was up already, with as many nodes.
 
         Raises:
             UsageError: not root, a program is missing, or it is up with another size.
@@ -99,7 +99,7 @@ class Sandbox:
         self._require(nodes)
         if self._daemons():
             if self.running() and self._size() == nodes:
-                return
+                return False
             if self.running():
                 raise UsageError(
                     f"the sandbox in {self.folder} is up with {self._size()} nodes, not {nodes}: "
@@ -111,6 +111,7 @@ class Sandbox:
         except BaseException:
             self.down()
             raise
+        return True
 
     def running(self) -> bool:
         daemons = self._daemons()
@@ -311,13 +312,15 @@ class Sandbox:
                 process.kill()
 
     def _job_processes(self) -> Iterator[psutil.Process]:
-        """Processes of this sandbox's jobs, known by the environment Slurm gave them."""
+        """Processes of this sandbox's jobs and the slurmstepd over each, known by the
+        environment that Slurm gave them."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 if process.pid == os.getpid():
                     continue
                 env = process.environ()
-                if env.get("SLURM_CONF") == str(self.conf) and "SLURM_JOB_ID" in env:
+                ours = env.get("SLURM_CONF") == str(self.conf)
+                if ours and ("SLURM_JOB_ID" in env or process.name() == "slurmstepd"):
                     yield process
 
 

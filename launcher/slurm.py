@@ -85,6 +85,24 @@ class Slurm:
             raise _blind(done)
         return [_job(line) for line in done.out.splitlines() if line.strip()]
 
+    def own_arrays(self, folder: str, script: str) -> list[int]:
+        """Array job ids of this user's queued or running jobs that were submitted from
+        ``folder`` with a script of that name, oldest first.
+
+        Raises:
+            BlindError: the controller could not be asked.
+        """
+        done = self._run(["squeue", "--me", "--noheader", "--array", "--format=%F|%Z|%o"])
+        if done.code != 0:
+            raise _blind(done)
+        found = set()
+        for line in done.out.splitlines():
+            array, _, rest = line.partition("|")
+            where, _, command = rest.partition("|")
+            if array.isdigit() and where == folder and command.rsplit("/", 1)[-1] == script:
+                found.add(int(array))
+        return sorted(found)
+
     def nodes(self) -> list[Node]:
         """Every node of the cluster once.
 

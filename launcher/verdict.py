@@ -93,7 +93,9 @@ def _end(state: RunState) -> Check:
     steps = sorted({group.step for group in state.groups.values()})
     ok = state.finished and len(steps) == 1
     what = "trained to the last step" if state.finished else "did NOT train to the last step"
-    total = f" of {state.steps}" if state.steps is not None else ""
+    tried = f" of {state.steps} tried" if state.steps is not None else ""
+    committed = " and ".join(str(step) for step in steps)
     return Check(
-        ok=ok, text=f"all {state.group_size} replica groups {what}: {steps[0]}{total} committed"
+        ok=ok,
+        text=f"all {state.group_size} replica groups {what}: {committed} steps committed{tried}",
     )

@@ -153,7 +153,7 @@ class Watcher:
         return Waiting()
 
     def _ask(self) -> list[Notice]:
-        if self._slurm is None or self._job is None:
+        if self._slurm is None or self._job is None or self.state.finished:
             return []
         if time.monotonic() - self._asked >= ASK_EVERY:
             self._asked = time.monotonic()

@@ -42,6 +42,12 @@ class ReplicaCheckpointManager(CheckpointManager):
         self._layout = f"{ft_manager.group_size}x{dist.get_world_size()}"
         self._dataloader_root = os.path.join(base_folder, "dataloader")
 
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        super().save(curr_step, last_step)
+        if last_step and self.enable_ft_dataloader_checkpoints:
+            # The process group ends soon; a save under way would be left half written.
+            self._async_wait()
+
     def _ft_folder(self) -> str:
         name = f"replica-{self.ft_replica_id}-of-{self._layout}"
         return os.path.join(self._dataloader_root, name)

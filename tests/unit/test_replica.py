@@ -115,12 +115,25 @@ def test_the_group_size_is_the_manifests_after_a_single_index_is_resubmitted(
     env: dict[str, str], torchrun: list[Payload], fake_run: FakeRun
 ) -> None:
     run_replica(env, Slurm(fake_run))
+    Outputs(Path("outputs").absolute()).find("50").finished.unlink()
     env |= {"SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_MAX": "7", "SLURM_ARRAY_TASK_ID": "2"}
     run_replica(env, Slurm(fake_run))
     assert torchrun[1]._env["NUM_REPLICA_GROUPS"] == "4"
     env["SLURM_ARRAY_TASK_ID"] = "5"
     with pytest.raises(UsageError, match="outside run tft-50, which has 4"):
         run_replica(env, Slurm(fake_run))
+
+
+def test_a_task_requeued_after_the_run_has_finished_does_not_train_again_alone(
+    env: dict[str, str],
+    torchrun: list[Payload],
+    fake_run: FakeRun,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_replica(env, Slurm(fake_run)) == 0
+    assert run_replica(env | {"SLURM_RESTART_COUNT": "3"}, Slurm(fake_run)) == 0
+    assert len(torchrun) == 1
+    assert "run tft-50 has finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
