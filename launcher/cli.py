@@ -216,13 +216,15 @@ def monitor(
         raise UsageError("--json needs --once")
     if bare and not once:
         raise UsageError("bare logs are read in one pass: add --once")
-    if not once:
-        monitor.follow(Outputs(outputs.absolute()).find(run or None), say=_say)
-        return
+    slurm = Slurm()
     if bare:
         watcher = Watcher.of_files(lighthouse_log, replica_log or [])
     else:
-        watcher = Watcher.of_run(Outputs(outputs.absolute()).find(run or None), Slurm())
+        chosen = monitor.choose(Outputs(outputs.absolute()), run or None, slurm)
+        if not once:
+            monitor.follow(chosen, say=_say, slurm=slurm)
+            return
+        watcher = Watcher.of_run(chosen, slurm)
     with watcher:
         raise typer.Exit(monitor.once(watcher, say=_say, as_json=as_json))
 

@@ -18,14 +18,13 @@ import psutil
 
 from launcher import assets
 from launcher.model import CriticalError, KitError
-from launcher.monitor import line
+from launcher.monitor import SCRIPT, line
 from launcher.rundir import Outputs
 from launcher.sandbox import Sandbox
 from launcher.state import Notice
 from launcher.verdict import judge
 from launcher.watcher import Watcher
 
-SCRIPT = "llama3.1-8b-pretraining-torchft.sh"
 NODES, REPLICAS, LOST = 3, 2, 1
 #: A demo's sandbox is in a folder of its own, named after its process.
 FOLDERS, PREFIX = Path("/run"), "tft-demo-"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from launcher.findings import Finding, Severity
 from launcher.model import BlindError, CriticalError
-from launcher.rundir import RunDir
+from launcher.rundir import Outputs, RunDir
 from launcher.slurm import Slurm
 from launcher.snapshot import as_data, figures
 from launcher.state import Notice, RunState
@@ -19,25 +21,85 @@ from launcher.watcher import Watcher
 LOOK_EVERY = 0.3
 #: Seconds that Slurm may know no live task of a run before the run counts as over.
 QUIET_SECONDS = 5.0
+#: Seconds of silence after which the monitor says how far training is.
+PROGRESS_EVERY = 30.0
+#: The job script whose runs the monitor looks for in the queue.
+SCRIPT = "llama3.1-8b-pretraining-torchft.sh"
 
 
-def follow(run: RunDir, *, say: Callable[[str], None], slurm: Slurm | None = None) -> None:
+def choose(outputs: Outputs, name: str | None, slurm: Slurm) -> RunDir:
+    """The run to look at: the one named, else the newest, which may still be in the queue.
+
+    Raises:
+        UsageError: there is none, or none of that name.
+    """
+    if name is not None:
+        number = name.removeprefix("tft-")
+        if number.isdigit() and not outputs.run_of_array(int(number)).path.is_dir():
+            with contextlib.suppress(BlindError):
+                if any(job.live for job in slurm.jobs(int(number))):
+                    return outputs.run_of_array(int(number))
+        return outputs.find(name)
+    known = {run.name for run in outputs.runs()}
+    with contextlib.suppress(BlindError):
+        for array in reversed(slurm.own_arrays(str(Path.cwd()), SCRIPT)):
+            if outputs.run_of_array(array).name not in known:
+                return outputs.run_of_array(array)
+    return outputs.find(None)
+
+
+def await_start(run: RunDir, *, say: Callable[[str], None], slurm: Slurm) -> None:
+    """Wait until the first of a run's tasks has started, for as long as Slurm may start one.
+
+    Raises:
+        CriticalError: no task is left that could; carries what its error log says.
+        BlindError: Slurm cannot be asked.
+    """
+    told = ""
+    while not run.manifest_path.is_file():
+        jobs = slurm.jobs(int(run.name.removeprefix("tft-")))
+        if not any(job.live for job in jobs):
+            said = run.last_words()
+            raise CriticalError(f"run {run.name} did not start: {said or 'its logs say nothing'}")
+        states = sorted({f"{job.state} ({job.reason})" for job in jobs})
+        if (text := f"run {run.name} has not started yet: {', '.join(states)}") != told:
+            say(line(Notice(time.time(), text)))
+            told = text
+        time.sleep(1.0)
+
+
+def follow(run: RunDir, *, say: Callable[[str], None], slurm: Slurm) -> None:
     """Print a run's story line by line until it ends.
 
     Raises:
-        CriticalError: the run ended without having finished.
+        CriticalError: the run ended without having finished, or did not start.
         BlindError: at the end, a source could not be read.
     """
-    with Watcher.of_run(run, slurm or Slurm()) as watcher:
-        say(
-            f"run {run.name}: {watcher.state.group_size} replica groups, {os.path.relpath(run.path)}"
-        )
+    await_start(run, say=say, slurm=slurm)
+    with Watcher.of_run(run, slurm) as watcher:
+        size = watcher.state.group_size
+        say(f"run {run.name}: {size} replica groups, {os.path.relpath(run.path)}")
+        spoke = time.monotonic()
         for notices in looks(watcher):
             for notice in notices:
                 say(line(notice))
-        for text in table(watcher.state):
+            if notices:
+                spoke = time.monotonic()
+            elif time.monotonic() - spoke > PROGRESS_EVERY:
+                say(line(Notice(time.time(), progress(watcher.state))))
+                spoke = time.monotonic()
+        for text in [*table(watcher.state), *figure_lines(watcher.state)]:
             say(text)
         conclude(watcher, run)
+
+
+def progress(state: RunState) -> str:
+    """How far training is, in one line."""
+    losses = [g.loss for g in state.groups.values() if g.loss is not None]
+    loss = f", loss {losses[0]:.4f}" if losses else ""
+    of = f" of {state.steps}" if state.steps is not None else ""
+    size = f"{len(state.members)} of {state.size} replica groups"
+    return f"… step {state.step}{of}{loss}, {size}"
 
 
 def looks(watcher: Watcher) -> Iterator[list[Notice]]:

@@ -11,7 +11,7 @@ from launcher import events
 from launcher.events import Event
 from launcher.findings import Severity
 from launcher.model import BlindError, CriticalError, GroupState
-from launcher.monitor import follow, line, once
+from launcher.monitor import SCRIPT, choose, follow, line, once
 from launcher.rundir import Outputs, RunDir
 from launcher.slurm import Job, Slurm
 from launcher.snapshot import figures
@@ -166,7 +166,29 @@ def test_following_ends_with_the_run(run: RunDir, fake_run: FakeRun) -> None:
     fake_run.on("squeue", out="1|1|0|COMPLETED|w|None\n")
     said: list[str] = []
     follow(run, say=said.append, slurm=Slurm(fake_run))
-    assert said[-1].startswith("replica 1  DONE      step   119  attempt 2  failed commits 0")
+    assert said[-2].startswith("replica 1  DONE      step   119  attempt 2  failed commits 0")
+    assert "time to recover 17.5 s" in said[-1]
+
+
+def test_a_run_in_the_queue_is_waited_for_and_not_mistaken_for_the_last_one(
+    run: RunDir, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = Outputs(run.path.parent.parent)
+    queue = f"77|{Path.cwd()}|/spool/{SCRIPT}\n"
+    fake_run.on("squeue", "--me", out=queue + f"78|/elsewhere|/spool/{SCRIPT}\n")
+    chosen = choose(outputs, None, Slurm(fake_run))
+    assert chosen.name == "tft-77"
+    # A second later Slurm has given up on it.
+    monkeypatch.setattr("time.sleep", lambda seconds: fake_run.on("squeue", "--noheader", out=""))
+    fake_run.on("squeue", "--noheader", out="77|77|0|PENDING||Resources\n")
+    said: list[str] = []
+    chosen.path.mkdir()
+    chosen.log(0, "err").write_text("error: no lighthouse is published: do this\n")
+    with pytest.raises(CriticalError, match="did not start: error: no lighthouse is published"):
+        follow(chosen, say=said.append, slurm=Slurm(fake_run))
+    assert "has not started yet: PENDING (Resources)" in said[0]
+    fake_run.on("squeue", "--me", code=1, err="Unable to contact slurm controller")
+    assert choose(outputs, "5183502", Slurm(fake_run)).name == "tft-5183502"
 
 
 def cut_short(run: RunDir) -> None:
