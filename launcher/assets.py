@@ -13,6 +13,8 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def folder(outputs: Path) -> Path:
+    """Where the config files look for assets: below ``outputs/`` of the repository, wherever
+    runs themselves may write (``TFT_OUTPUTS``)."""
     return outputs / "assets"
 
 

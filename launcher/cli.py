@@ -171,7 +171,6 @@ def _task(run: Callable[[Mapping[str, str], Slurm], int]) -> None:
 
 @app.command()
 def assets(
-    outputs: OutputsOption = OUTPUTS,
     debug: Annotated[
         bool, typer.Option("--debug", help="Build the CPU debug corpus and tokenizer instead.")
     ] = False,
@@ -180,10 +179,10 @@ def assets(
     from launcher import assets
 
     if debug:
-        place, built = assets.debug(outputs)
+        place, built = assets.debug(OUTPUTS)
         _say(f"debug corpus and tokenizer {'built' if built else 'are there'}: {place}")
     else:
-        _say(f"tokenizer of {assets.REPOSITORY}: {assets.tokenizer(outputs)}")
+        _say(f"tokenizer of {assets.REPOSITORY}: {assets.tokenizer(OUTPUTS)}")
 
 
 @app.command()
@@ -269,7 +268,7 @@ def sandbox_status(folder: FolderOption = SANDBOX) -> None:
 @sandbox_app.command("install")
 def sandbox_install() -> None:
     """Install Slurm and munge from the distribution's packages when they are missing."""
-    from launcher.sandbox import install
+    from launcher.packages import install
 
     install()
 
@@ -304,3 +303,7 @@ def main() -> None:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr, flush=True)
+        sys.exit(1)

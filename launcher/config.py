@@ -137,6 +137,7 @@ DEFAULT_RANKS = 8
 #: What torchtitan flags can never be set by hand: the launcher decides them.
 _OURS = (
     "--fault_tolerance.enable",
+    "--fault_tolerance.no_enable",
     "--fault_tolerance.replica_id",
     "--fault_tolerance.group_size",
     "--job.config_file",
@@ -192,8 +193,8 @@ class Site:
             "TFT_WEIGHT_HASH_EVERY",
             "TFT_DATALOADER_SAVE_EVERY",
         ):
-            if env.get(name) and not re.fullmatch(r"\d+", env[name]):
-                problems.append(f"{name} must be a whole number, not {env[name]!r}")
+            if env.get(name) and not re.fullmatch(r"\d{1,6}", env[name]):
+                problems.append(f"{name} must be a whole number below a million, not {env[name]!r}")
         if env.get("TFT_DATALOADER_SAVE_EVERY") == "0":
             problems.append("TFT_DATALOADER_SAVE_EVERY must be at least 1")
         if env.get("TFT_MIN_STEP_SECONDS") and not _is_number(env["TFT_MIN_STEP_SECONDS"]):
@@ -219,7 +220,7 @@ class Site:
 
 def _misspelled(env: Mapping[str, str]) -> list[str]:
     known = [variable.name for variable in VARIABLES if variable.name.startswith("TFT_")]
-    internal = {"TFT_EVENTS", "TFT_ATTEMPT", "TFT_FAILURES", "TFT_SANDBOX"}
+    internal = {"TFT_EVENTS", "TFT_ATTEMPT", "TFT_FAILURES", "TFT_FINISHED", "TFT_SANDBOX"}
     found = []
     for name in env:
         if name.startswith("TFT_") and name not in known and name not in internal:
@@ -242,6 +243,6 @@ def _ranks(env: Mapping[str, str], problems: list[str]) -> int:
 
 def _is_number(text: str) -> bool:
     try:
-        return float(text) >= 0
+        return 0 <= float(text) < 1e6
     except ValueError:
         return False

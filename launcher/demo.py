@@ -80,7 +80,7 @@ class Demo:
         self._title("A Slurm of three nodes on this machine, and text to train on")
         clear_stale_folders()
         self._sandbox.up(NODES)
-        assets.debug(self._outputs.root)
+        assets.debug(Path("outputs"))
         self._env = self._environment()
         shown = {k: self._env[k] for k in (*self._sandbox.environment(), "TFT_EXTRA_ARGS")}
         self._tell("export " + " ".join(f"{k}={shlex.quote(v)}" for k, v in shown.items()))

@@ -45,6 +45,7 @@ def replica_environment(
         "JOB_ID": manifest.run,
         "TFT_ATTEMPT": str(task.attempt),
         "TFT_EVENTS": str(run.events(task.replica)),
+        "TFT_FINISHED": str(run.finished),
         "TFT_FAILURES": str(run.failures(task.replica, task.attempt)),
     }
     # One W&B run a replica group, in one W&B group a run, continued over requeues.

@@ -7,6 +7,7 @@ the text logs, each with a line as it was really printed. ``docs/events.md`` lis
 
 from __future__ import annotations
 
+import calendar
 import json
 import re
 import time
@@ -215,9 +216,10 @@ _NUMBERS = {"step", "rank", "attempt", "titan_step", "quorum_id", "max_step", "e
 
 
 class Clock:
-    """Local time stamps to Unix seconds; the minute is looked up once."""
+    """Local (or UTC) time stamps to Unix seconds; the minute is looked up once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, utc: bool = False) -> None:
+        self._seconds = calendar.timegm if utc else time.mktime
         self._minute = ""
         self._start = 0.0
 
@@ -229,7 +231,7 @@ class Clock:
         day, minute, second, ms = match.groups()
         if (key := f"{day} {minute}") != self._minute:
             try:
-                self._start = time.mktime(time.strptime(key, "%Y-%m-%d %H:%M"))
+                self._start = self._seconds(time.strptime(key, "%Y-%m-%d %H:%M"))
             except (ValueError, OverflowError):
                 return None
             self._minute = key

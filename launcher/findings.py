@@ -216,6 +216,19 @@ def _second_copy(snapshot: Snapshot) -> Iterator[Finding]:
         )
 
 
+def _started_over(snapshot: Snapshot) -> Iterator[Finding]:
+    for incident in snapshot.state.incidents:
+        if incident.started_over and incident.recovered_at is None:
+            yield Finding(
+                kind="started_over",
+                severity=Severity.CRITICAL,
+                replica=incident.replica,
+                message=f"replica {incident.replica} was lost at step {incident.lost_at_step} and "
+                "trains again from before it, with nobody to heal from: its weights are its own. "
+                "Cancel it, and start the run again from a checkpoint",
+            )
+
+
 def _lighthouse(snapshot: Snapshot) -> Iterator[Finding]:
     recent = [t for t in snapshot.state.lighthouse_errors if snapshot.now - t < LIGHTHOUSE_SECONDS]
     if recent:
@@ -231,6 +244,7 @@ RULES: tuple[Rule, ...] = (
     _blind,
     _strange_logs,
     _second_copy,
+    _started_over,
     _weights,
     _loss,
     _stalled,

@@ -72,6 +72,8 @@ class Incident:
     full_strength_at: float | None = None
     lost_uuid: str = ""
     """uuid of the copy that was lost."""
+    started_over: bool = False
+    """It came back and trained from before the loss: nobody was there to heal from."""
     compared_before: int = 0
     """Weight comparisons made before the recovery."""
     evidence: list[Sign] = field(default_factory=list)

@@ -8,10 +8,13 @@ runs on it would form one quorum of different models.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import re
 import socket
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +26,8 @@ from launcher.slurm import Slurm
 
 #: Seconds after which a left-over claim lock is taken to be a dead process's.
 STALE_LOCK = 90.0
+#: Age of a heartbeat, in seconds, up to which its sender counts as alive.
+FRESH_SECONDS = 2.0
 #: Seconds that the tasks of a cancelled run get to end before their lighthouse is refused.
 COMPLETING_PATIENCE = 60.0
 
@@ -70,21 +75,35 @@ class LighthouseDir:
         self.path.mkdir(parents=True, exist_ok=True)
         replace(self._address, json.dumps(asdict(address), indent=2) + "\n")
 
-    def unpublish(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._address.unlink()
+    def unpublish(self, pid: int) -> None:
+        """Withdraw the address, if it is (still) the one of supervisor ``pid``."""
+        with contextlib.suppress(KitError, FileNotFoundError):
+            address = self.address()
+            if address is not None and address.pid == pid:
+                self._address.unlink()
 
     def address(self) -> Address | None:
         raw = read_json(self._address)
         try:
-            return None if raw is None else Address(**raw)
-        except TypeError as error:
-            raise KitError(f"{self._address} is not a lighthouse's address: {error}") from error
+            if raw is None:
+                return None
+            address = Address(**raw)
+            split(address.url)
+            return dataclasses.replace(
+                address, pid=int(address.pid), process_started=float(address.process_started)
+            )
+        except (TypeError, ValueError, UsageError) as error:
+            raise KitError(
+                f"{self._address} is not a lighthouse's address: delete it ({error})"
+            ) from error
 
     def claimed_by(self) -> int | None:
         """Array job id of the run that this lighthouse serves, or served last."""
         raw = read_json(self._claim)
-        return None if raw is None else int(raw["array_job_id"])
+        try:
+            return None if raw is None else int(raw["array_job_id"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise KitError(f"{self._claim} is not a claim: delete it ({error!r})") from error
 
     def release_if_ended(self, slurm: Slurm) -> None:
         """Forget the run served last, when Slurm says that it has ended."""
@@ -218,6 +237,31 @@ def require_answer(url: str, *, patience: float = 0.0) -> None:
         time.sleep(0.2)
 
 
+def refuse_strangers(url: str) -> None:
+    """Check that nobody trains on this lighthouse, before the first task of a run joins it.
+
+    The claim beside it is found by folder and address; this also finds a run that was
+    started from another clone, or under another name of the same machine.
+
+    Raises:
+        UsageError: somebody's replica groups send heartbeats to it.
+    """
+    try:
+        with urllib.request.urlopen(f"{url}/status", timeout=3.0) as answer:  # noqa: S310
+            page = answer.read(1 << 20).decode(errors="replace")
+    except (OSError, ValueError):
+        return  # it accepts connections (checked before), and says nothing of its members
+    found = re.findall(r"(\S+): seen ([\d.]+)s ago", page)
+    fresh = [name.partition(":")[0] for name, age in found if float(age) < FRESH_SECONDS]
+    if fresh:
+        raise UsageError(
+            f"the lighthouse {url} already serves another run ({', '.join(sorted(fresh)[:4])} send "
+            "heartbeats): two runs on one lighthouse would train as one. Wait for it to end, or "
+            "start a second lighthouse (`python -m launcher lighthouse up --port 29511`) and set "
+            "TORCHFT_LIGHTHOUSE to its address"
+        )
+
+
 def port_holder(port: int) -> str:
     """Who listens on TCP ``port`` here, in words; empty when nobody does."""
     import psutil  # only needed when something is in the way
@@ -252,8 +296,9 @@ def alive(address: Address) -> bool:
     """
     if address.host != socket.gethostname():
         raise BlindError(
-            f"that lighthouse was started on {address.host}; ask there "
-            f"(this is {socket.gethostname()})"
+            f"the lighthouse {address.url} was started on {address.host} and can only be seen and "
+            f"ended there (this is {socket.gethostname()}); if that machine is gone, delete its "
+            "folder below outputs/torchft/lighthouses"
         )
     return still_runs(address.pid, address.process_started)
 

@@ -42,6 +42,11 @@ class Waiting:
     """Newest status that says why there is no quorum; empty when none was said."""
 
 
+#: Line at the start of a log whose times are UTC. Without it they are local times, and a
+#: reader in another time zone than the lighthouse would place them wrongly.
+UTC_MARK = b"[supervisor] times are in UTC\n"
+
+
 class LighthouseReader:
     """Events in the lighthouse's log; the same ones however the log is cut into blocks.
 
@@ -68,6 +73,8 @@ class LighthouseReader:
     def read(self, offset: int, block: bytes) -> Iterator[Event]:
         """Events in ``block`` (whole lines), which starts at ``offset`` of the file."""
         self.lines += 1
+        if UTC_MARK[:-1] in block[: len(UTC_MARK)]:
+            self._clock = Clock(utc=True)
         found: list[tuple[int, Event]] = []
         restarts = [p for p in _positions(block, b"L") if block.startswith(_LISTENING, p)]
         for position in restarts:

@@ -60,6 +60,19 @@ def start_time(pid: int) -> float:
     return float(psutil.Process(pid).create_time())
 
 
+def listens(pid: int, port: int) -> bool:
+    """Whether process ``pid`` itself listens on TCP ``port``."""
+    import psutil
+
+    try:
+        connections = psutil.Process(pid).net_connections("tcp")
+    except psutil.Error:
+        return False
+    return any(
+        c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == port for c in connections
+    )
+
+
 def still_runs(pid: int, started: float) -> bool:
     """Whether the process ``pid`` that started at ``started`` still runs (a zombie does not)."""
     import psutil

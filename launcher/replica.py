@@ -17,6 +17,7 @@ from launcher.payload import Payload, complain, say, why
 from launcher.rundir import Manifest, Outputs, RunDir, create_once
 from launcher.slurm import Slurm
 
+_ARRAY = ("JOB_ID", "TASK_ID", "TASK_COUNT", "TASK_MIN", "TASK_MAX")
 _PACKAGES = ("torch", "torchft-nightly", "torchtitan")
 #: Seconds that a lighthouse may be away while a replica group starts (a restart of it).
 LIGHTHOUSE_PATIENCE = 3.0
@@ -35,9 +36,10 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
     outputs = Outputs(site.outputs.absolute())
     url = lighthouse.discover(outputs, site.lighthouse)
     lighthouse.require_answer(url, patience=LIGHTHOUSE_PATIENCE)
-    lighthouse.LighthouseDir.of(outputs, url).claim(array_id, slurm)
-
     run = outputs.run_of_array(array_id)
+    if not run.manifest_path.exists():
+        lighthouse.refuse_strangers(url)
+    lighthouse.LighthouseDir.of(outputs, url).claim(array_id, slurm)
     manifest = run.create(
         Manifest(
             run=run.name,
@@ -104,7 +106,7 @@ def _array_task(env: Mapping[str, str]) -> tuple[int, Task, int]:
     Raises:
         UsageError: not in an array, or an array whose indices are not 0 to N-1.
     """
-    if "SLURM_ARRAY_JOB_ID" not in env:
+    if any(f"SLURM_ARRAY_{name}" not in env for name in _ARRAY):
         raise UsageError(
             "not in a Slurm array: submit with `sbatch --array=0-3 llama3.1-8b-pretraining-torchft.sh` "
             "for four replica groups"

@@ -120,8 +120,9 @@ class RunDir:
         try:
             values = {key: value for key, value in raw.items() if key in known}
             values["extra_args"] = tuple(values.get("extra_args", ()))
+            values["created"] = float(values.get("created", 0.0))
             return Manifest(**values)
-        except (TypeError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{self.manifest_path} is not a run's manifest: {error}") from error
 
 

@@ -11,6 +11,7 @@ import contextlib
 import getpass
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -26,21 +27,21 @@ import psutil
 
 from launcher.lighthouse import wait_until
 from launcher.model import KitError, UsageError
+from launcher.packages import PACKAGES, PROGRAMS
 from launcher.process import run, start_time, still_runs
-from launcher.rundir import read_json
 from launcher.slurm import Slurm
 
 #: Unix socket paths are limited to 108 bytes: the folder's own path must be short.
 DEFAULT_FOLDER = Path("/run/tft-sandbox")
-#: Debian's and Ubuntu's packages of the parts.
-PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sinfo", "scancel")
-
 CPUS, GPUS, MEMORY_MB = 128, 8, 1_000_000
 #: Slurm's requeue delay is this plus one second (120 by default).
 CRED_EXPIRE = 5
 #: Seconds for each daemon to come up, and to go down.
 START_SECONDS, STOP_SECONDS = 15.0, 8.0
+#: File that marks a folder as a sandbox's own.
+MARK = ".tft-sandbox"
+#: Names of the sandbox's own processes.
+PARTS = frozenset({"munged", "slurmctld", "slurmscriptd", "slurmd", "slurmstepd"})
 #: Seconds that jobs get to end by themselves when the sandbox goes down.
 JOB_SECONDS = 2.0
 
@@ -72,7 +73,7 @@ class Sandbox:
     """The sandbox in ``folder``."""
 
     def __init__(self, folder: Path = DEFAULT_FOLDER) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
         self._children: list[subprocess.Popen[bytes]] = []
         """Daemons that this very process started, to be waited for when they end."""
 
@@ -97,7 +98,7 @@ class Sandbox:
             KitError: a daemon does not come up; the message ends with its log's last words.
         """
         self._require(nodes)
-        if self._daemons():
+        if self.folder.exists():
             if self.running() and self._size() == nodes:
                 return False
             if self.running():
@@ -115,7 +116,7 @@ class Sandbox:
 
     def running(self) -> bool:
         daemons = self._daemons()
-        return bool(daemons) and all(daemon.alive() for daemon in daemons)
+        return self._size() > 0 and bool(daemons) and all(d.alive() for d in daemons)
 
     def down(self) -> bool:
         """End every process of the sandbox and remove its folder; False when there was none.
@@ -125,6 +126,7 @@ class Sandbox:
         """
         if not self.folder.exists():
             return False
+        self._require_ours()
         if self.running():
             with contextlib.suppress(KitError):
                 run(["env", f"SLURM_CONF={self.conf}", "scancel", "--user", getpass.getuser()], 5.0)
@@ -136,7 +138,7 @@ class Sandbox:
             for daemon in self._daemons():
                 if daemon.name.startswith(name):
                     _end(daemon)
-        self._kill_job_processes()
+        self._kill_job_processes(PARTS)
         for child in self._children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(STOP_SECONDS)
@@ -157,13 +159,29 @@ class Sandbox:
             )
         if not 1 <= nodes <= 64:
             raise UsageError(f"a sandbox has 1 to 64 nodes, not {nodes}")
+        if not re.fullmatch(r"[\w./-]+", str(self.folder)):
+            raise UsageError(
+                f"{self.folder}: Slurm's configuration takes plain paths only; choose a folder of "
+                "letters, digits, '.', '_' and '-'"
+            )
+        if self.folder.exists():
+            self._require_ours()
         if len(str(self.folder)) > 60:
             raise UsageError(
                 f"{self.folder} is too long a path for the sandbox's sockets: choose a shorter one"
             )
 
+    def _require_ours(self) -> None:
+        """Only a folder that ``up`` made is ever used or removed."""
+        empty = self.folder.is_dir() and not any(self.folder.iterdir())
+        if not empty and not (self.folder / MARK).is_file():
+            raise UsageError(
+                f"{self.folder} is there and is no sandbox's: choose a folder that does not exist"
+            )
+
     def _start(self, nodes: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / MARK).write_text("made by `python -m launcher sandbox up`\n")
         os.chmod(self.folder, 0o755)  # noqa: S103 - munge checks that others cannot write
         (self.folder / "daemons.json").write_text("[]")
         for name in ("munge", "ctld", "log", "gpus"):
@@ -178,6 +196,8 @@ class Sandbox:
             (self.folder / "spool" / name).mkdir(parents=True, exist_ok=True)
             self._launch(name, ["slurmd", "-D", "-N", name])
         self._wait_until_idle(nodes)
+        # Written last: a sandbox without it was cut short while it came up.
+        (self.folder / "nodes.json").write_text(json.dumps({"nodes": nodes}))
 
     def _make_gpus(self) -> None:
         for index in range(GPUS):
@@ -253,7 +273,6 @@ class Sandbox:
         )
         # Tracking by process family only: no cgroup of this machine is touched.
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
-        (self.folder / "nodes.json").write_text(json.dumps({"nodes": nodes}))
 
     def _launch(self, name: str, argv: list[str]) -> None:
         with (self.folder / "log" / f"{name}.start").open("wb") as log:
@@ -299,68 +318,31 @@ class Sandbox:
         try:
             records = json.loads((self.folder / "daemons.json").read_text())
             return [Daemon(name, pid, started) for name, pid, started in records]
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError, TypeError):
             return []
 
     def _size(self) -> int:
-        raw = read_json(self.folder / "nodes.json") or {}
-        return int(raw.get("nodes", 0))
+        try:
+            return int(json.loads((self.folder / "nodes.json").read_text())["nodes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
 
-    def _kill_job_processes(self) -> None:
-        for process in self._job_processes():
+    def _kill_job_processes(self, parts: frozenset[str] = frozenset({"slurmstepd"})) -> None:
+        for process in self._job_processes(parts):
             with contextlib.suppress(psutil.Error):
                 process.kill()
 
-    def _job_processes(self) -> Iterator[psutil.Process]:
-        """Processes of this sandbox's jobs and the slurmstepd over each, known by the
-        environment that Slurm gave them."""
+    def _job_processes(self, parts: frozenset[str] = frozenset()) -> Iterator[psutil.Process]:
+        """Processes of this sandbox's jobs, and its own of the names ``parts``: known by the
+        environment that they were given."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 if process.pid == os.getpid():
                     continue
                 env = process.environ()
                 ours = env.get("SLURM_CONF") == str(self.conf)
-                if ours and ("SLURM_JOB_ID" in env or process.name() == "slurmstepd"):
+                if ours and ("SLURM_JOB_ID" in env or process.name() in parts):
                     yield process
-
-
-def install() -> None:
-    """Install Slurm and munge from the distribution's packages, without starting them.
-
-    Raises:
-        UsageError: not root, or not a Debian-like system.
-        KitError: apt failed; the message ends with its last words.
-    """
-    if all(shutil.which(program) for program in PROGRAMS):
-        return
-    if shutil.which("apt-get") is None:
-        raise UsageError(f"no apt-get here: install {' '.join(PACKAGES)} (or their like) by hand")
-    if os.geteuid() != 0:
-        raise UsageError(
-            f"installing packages needs root: sudo apt-get install {' '.join(PACKAGES)}"
-        )
-    environment = ["env", "DEBIAN_FRONTEND=noninteractive"]
-    with _services_held_back():
-        run([*environment, "apt-get", "update", "-q"], 300.0)
-        flags = ["install", "-y", "-q", "--no-install-recommends"]
-        done = run([*environment, "apt-get", *flags, *PACKAGES], 600.0)
-    if done.code != 0:
-        raise KitError(f"apt-get failed: {' | '.join(done.err.splitlines()[-3:])}")
-
-
-@contextlib.contextmanager
-def _services_held_back() -> Iterator[None]:
-    """Keep the packages from starting system-wide daemons (Debian's policy-rc.d)."""
-    policy = Path("/usr/sbin/policy-rc.d")
-    ours = not policy.exists()
-    if ours:
-        policy.write_text("#!/bin/sh\nexit 101\n")
-        policy.chmod(0o755)
-    try:
-        yield
-    finally:
-        if ours:
-            policy.unlink(missing_ok=True)
 
 
 def _daemon_environment(conf: Path) -> dict[str, str]:

@@ -309,7 +309,15 @@ class RunState:
         # It got over the errors it logged; only what comes from outside still counts.
         group.signs = [sign for sign in group.signs if sign.weight > 3]
         incident = self.open_incident(group.replica)
-        if incident is not None and incident.rejoined_at is not None:
+        if incident is not None and (incident.started_over or group.step < incident.lost_at_step):
+            if not incident.started_over:
+                incident.started_over = True
+                yield Notice(
+                    t,
+                    f"replica {group.replica} STARTED OVER at step {group.step} (lost at step "
+                    f"{incident.lost_at_step}): it found nobody to heal from",
+                )
+        elif incident is not None and incident.rejoined_at is not None:
             incident.recovered_at, incident.recovered_at_step = t, group.step
             incident.compared_before = self.weights.compared
             group.signs = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-import queue
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from launcher.capped_log import CappedLog
 from launcher.lighthouse import (
     Address,
     LighthouseDir,
@@ -26,14 +26,9 @@ from launcher.lighthouse import (
     wait_until,
 )
 from launcher.model import BlindError, KitError, UsageError
-from launcher.process import start_time
+from launcher.process import listens, start_time
 from launcher.rundir import Outputs
 
-#: Bytes of one log file; one older file is kept beside it.
-LOG_BYTES = 64 * 1024 * 1024
-#: Lines that may wait for a slow file system before lines are dropped: the
-#: lighthouse must never block on its log.
-QUEUED_LINES = 20_000
 #: Seconds to wait for the lighthouse to listen, and to end when told to.
 START_SECONDS, STOP_SECONDS = 10.0, 5.0
 #: Pause before a lighthouse that died is started again, doubling up to the second.
@@ -59,10 +54,12 @@ class LighthouseSettings:
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"http://{_bracketed(self.host)}:{self.port}"
 
     def flags(self) -> list[str]:
-        bind = self.bind or ("[::]" if socket.has_ipv6 and _ipv6_usable() else "0.0.0.0")  # noqa: S104
+        bind = _bracketed(self.bind) or (
+            "[::]" if socket.has_ipv6 and _ipv6_usable() else "0.0.0.0"  # noqa: S104
+        )
         return [
             f"--bind={bind}:{self.port}",
             f"--min_replicas={self.min_replicas}",
@@ -72,6 +69,11 @@ class LighthouseSettings:
         ]
 
 
+def _bracketed(host: str) -> str:
+    """An IPv6 address as it stands in a URL."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
 def _ipv6_usable() -> bool:
     try:
         with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
@@ -79,60 +81,6 @@ def _ipv6_usable() -> bool:
             return True
     except OSError:
         return False
-
-
-class CappedLog:
-    """Appends lines to a file that is set aside at a size; never blocks its caller."""
-
-    def __init__(self, path: Callable[[], Path], limit: int = LOG_BYTES) -> None:
-        self._path = path
-        self._limit = limit
-        self._lines: queue.Queue[bytes | None] = queue.Queue(QUEUED_LINES)
-        self._dropped = 0
-        self._file: IO[bytes] | None = None
-        self._open_path: Path | None = None
-        self._thread = threading.Thread(target=self._write_all, name="lighthouse-log", daemon=True)
-        self._thread.start()
-
-    def write(self, line: bytes) -> None:
-        try:
-            self._lines.put_nowait(line)
-        except queue.Full:
-            self._dropped += 1
-
-    def close(self, timeout: float = 2.0) -> None:
-        with contextlib.suppress(queue.Full):
-            self._lines.put_nowait(None)
-        self._thread.join(timeout)
-
-    def _write_all(self) -> None:
-        while (line := self._lines.get()) is not None:
-            try:
-                self._append(line)
-            except OSError:
-                self._dropped += 1
-                self._close_file()
-        self._close_file()
-
-    def _append(self, line: bytes) -> None:
-        path = self._path()
-        if path != self._open_path or self._file is None:
-            self._close_file()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file, self._open_path = path.open("ab", buffering=0), path
-        if self._dropped:
-            count, self._dropped = self._dropped, 0
-            self._file.write(b"[supervisor] %d lines of this log were lost\n" % count)
-        self._file.write(line)
-        if self._file.tell() >= self._limit:
-            self._close_file()
-            os.replace(path, path.with_name(path.name + ".1"))
-
-    def _close_file(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
-        self._file = self._open_path = None
 
 
 class Supervisor:
@@ -180,7 +128,10 @@ class Supervisor:
                             f"its log: {self._current_log()}"
                         )
                 else:
-                    self._publish()
+                    try:
+                        self._publish()
+                    except KitError as error:
+                        self._say(f"{error}; the lighthouse serves, and is published as before")
                     self._say(
                         f"lighthouse up at {self._settings.url} (pid {self._child_pid()}), "
                         f"log {self._current_log()}"
@@ -195,7 +146,7 @@ class Supervisor:
                 pause = min(2 * pause, LONGEST_PAUSE)
         finally:
             self._end_child()
-            self._folder.unpublish()
+            self._folder.unpublish(os.getpid())
             log.close()
             self._say("lighthouse down")
 
@@ -217,7 +168,8 @@ class Supervisor:
 
     def _start(self, log: CappedLog) -> None:
         program = Path(__file__).with_name("lighthouse_process.py")
-        environment = {**self._environ, "RUST_LOG": "info"}
+        # It logs local time without a zone: here that is UTC, and the log says so.
+        environment = {**self._environ, "RUST_LOG": "info", "TZ": "UTC"}
         self._child = subprocess.Popen(
             [sys.executable, str(program), *self._settings.flags()],
             stdin=subprocess.DEVNULL,
@@ -231,16 +183,15 @@ class Supervisor:
         threading.Thread(target=_pump, args=(stream, log), daemon=True).start()
 
     def _come_up(self) -> bool:
-        """Wait until the lighthouse listens (asked at its bind address)."""
-        bind = self._settings.bind or "127.0.0.1"
-        local = f"http://{bind}:{self._settings.port}"
+        """Wait until our own lighthouse listens (another may hold the port)."""
         child = self._child
         assert child is not None
+        port = self._settings.port
         wait_until(
-            lambda: self._stop.is_set() or child.poll() is not None or answers(local, 1.0) is None,
+            lambda: self._stop.is_set() or child.poll() is not None or listens(child.pid, port),
             START_SECONDS,
         )
-        return child.poll() is None and answers(local, 1.0) is None
+        return child.poll() is None and listens(child.pid, port)
 
     def _wait_for_child(self) -> int | None:
         child = self._child
@@ -360,7 +311,7 @@ def stop(folder: LighthouseDir, say: Callable[[str], None] = print) -> bool:
     if address is None:
         return False
     if not alive(address):
-        folder.unpublish()
+        folder.unpublish(address.pid)
         (folder.path / "lighthouse.pid").unlink(missing_ok=True)
         say(f"{address.url} was published, but its process {address.pid} is gone: cleaned up")
         return False
@@ -369,6 +320,6 @@ def stop(folder: LighthouseDir, say: Callable[[str], None] = print) -> bool:
         os.kill(address.pid, signal.SIGKILL)
         if not wait_until(lambda: not alive(address), STOP_SECONDS):
             raise KitError(f"process {address.pid} does not end, not even by SIGKILL")
-    folder.unpublish()
+    folder.unpublish(address.pid)
     (folder.path / "lighthouse.pid").unlink(missing_ok=True)
     return True

@@ -15,10 +15,14 @@ LONGEST_LINE = 64 << 20
 
 
 class Tail:
-    """New whole lines of one file, each once, with the offset where it starts."""
+    """New whole lines of one file, each once, with the offset where it starts.
 
-    def __init__(self, path: Path) -> None:
+    ``older`` is where the file's writer sets a full one aside: it is read first, once.
+    """
+
+    def __init__(self, path: Path, older: Path | None = None) -> None:
         self.path = path
+        self._older = older
         self._file: BinaryIO | None = None
         self._inode = 0
         self._offset = 0
@@ -32,6 +36,8 @@ class Tail:
         Raises:
             OSError: the file is there and cannot be read.
         """
+        if self._file is None and self._older is not None:
+            yield from self._set_aside(self._older)
         yield from self._drain()
         if self._replaced():
             # What was written to the old file before it was set aside is already drained.
@@ -55,6 +61,14 @@ class Tail:
         if self._file is not None:
             self._file.close()
         self._file, self._offset, self._half = None, 0, b""
+
+    def _set_aside(self, path: Path) -> Iterator[tuple[int, bytes]]:
+        """The older file, whole; again when another took its place meanwhile."""
+        inode = -1
+        while (now := _inode(path)) not in (None, inode):
+            inode = now
+            with Tail(path) as older:
+                yield from older.blocks()
 
     def _drain(self) -> Iterator[tuple[int, bytes]]:
         if self._file is None:
@@ -83,7 +97,11 @@ class Tail:
     def _replaced(self) -> bool:
         if self._file is None:
             return False
-        try:
-            return os.stat(self.path).st_ino != self._inode
-        except FileNotFoundError:
-            return False
+        return _inode(self.path) not in (None, self._inode)
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return None

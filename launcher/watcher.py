@@ -7,6 +7,7 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +17,7 @@ from launcher.findings import Finding, Snapshot, judge
 from launcher.lighthouse_log import LighthouseReader, Waiting
 from launcher.model import BlindError
 from launcher.rundir import RunDir
-from launcher.slurm import Slurm
+from launcher.slurm import Job, Slurm
 from launcher.state import Notice, RunState
 from launcher.tail import Tail
 
@@ -58,6 +59,9 @@ class Watcher:
         self._job = job
         self._slurm = slurm
         self._asked = float("-inf")
+        self._side = ThreadPoolExecutor(1, thread_name_prefix="slurm")
+        self._answer: Future[list[Job]] | None = None
+        self._slurm_problem = ""
         self._held: list[tuple[float, int, Event]] = []
         self._numbers = itertools.count()
         self.on_event: Callable[[RunState, Event], None] = lambda state, event: None
@@ -67,8 +71,8 @@ class Watcher:
     def of_run(cls, run: RunDir, slurm: Slurm | None = None) -> Watcher:
         """Watch a run of ours by everything in its directory."""
         manifest = run.manifest()
-        rotated = run.lighthouse_log.with_name(run.lighthouse_log.name + ".1")
-        logs = [_lighthouse(path) for path in (rotated, run.lighthouse_log)]
+        older = run.lighthouse_log.with_name(run.lighthouse_log.name + ".1")
+        logs = [_lighthouse(run.lighthouse_log, older)]
         for replica in range(manifest.group_size):
             path = run.events(replica)
             logs.append(Log(Tail(path), ReplicaEventReader(path.name), lambda event: True))
@@ -99,7 +103,8 @@ class Watcher:
         self.close()
 
     def close(self) -> None:
-        """Let go of the files; a later look opens them again and tells all anew."""
+        """Let go of the files."""
+        self._side.shutdown(wait=False, cancel_futures=True)
         for log in self._logs:
             log.tail.close()
 
@@ -122,7 +127,7 @@ class Watcher:
             event = heapq.heappop(self._held)[2]
             notices += self.state.apply(event)
             self.on_event(self.state, event)
-        return notices + self._ask()
+        return notices + self._ask(wait=final)
 
     def _hold(self, log: Log, offset: int, block: bytes) -> None:
         """Put the events of a block in line, in order of time."""
@@ -152,29 +157,30 @@ class Watcher:
                 return log.reader.waiting
         return Waiting()
 
-    def _ask(self) -> list[Notice]:
+    def _ask(self, *, wait: bool) -> list[Notice]:
+        """Slurm's word, asked for on the side: a slow controller must not hold up the logs."""
         if self._slurm is None or self._job is None or self.state.finished:
             return []
-        if time.monotonic() - self._asked >= ASK_EVERY:
+        if self._answer is None and time.monotonic() - self._asked >= ASK_EVERY:
             self._asked = time.monotonic()
+            self._answer = self._side.submit(self._slurm.jobs, self._job)
+        notices = []
+        if self._answer is not None and (wait or self._answer.done()):
+            answer, self._answer = self._answer, None
             try:
-                jobs = self._slurm.jobs(self._job)
+                jobs = answer.result()
             except BlindError as error:
-                self._slurm_problem = str(error)
-                self.live_tasks = None
+                self._slurm_problem, self.live_tasks = str(error), None
             else:
-                self._slurm_problem = ""
-                self.live_tasks = sum(job.live for job in jobs)
-                return self.state.observe(jobs, time.time())
+                self._slurm_problem, self.live_tasks = "", sum(job.live for job in jobs)
+                notices = self.state.observe(jobs, time.time())
         if self._slurm_problem:
             self.blind["Slurm"] = self._slurm_problem
-        return []
-
-    _slurm_problem: str = ""
+        return notices
 
 
-def _lighthouse(path: Path) -> Log:
-    return Log(Tail(path), LighthouseReader(path.name), lambda event: True)
+def _lighthouse(path: Path, older: Path | None = None) -> Log:
+    return Log(Tail(path, older), LighthouseReader(path.name), lambda event: True)
 
 
 def _replica_by_name(path: Path) -> int | None:

@@ -15,7 +15,7 @@ from torchtitan.tools.logging import logger
 
 #: Steps between two saves of a replica group's dataloader state. After a loss the
 #: group repeats at most this many batches of its own data.
-SAVE_EVERY = int(os.environ.get("TFT_DATALOADER_SAVE_EVERY", "10"))
+SAVE_EVERY = int(os.environ.get("TFT_DATALOADER_SAVE_EVERY") or "10")
 #: How many saves are kept: the newest may be half written when its node is lost.
 KEEP = 2
 
@@ -46,7 +46,15 @@ class ReplicaCheckpointManager(CheckpointManager):
         super().save(curr_step, last_step)
         if last_step and self.enable_ft_dataloader_checkpoints:
             # The process group ends soon; a save under way would be left half written.
-            self._async_wait()
+            try:
+                self._async_wait()
+            except (Exception, CheckpointException) as error:
+                self._lost_save(error)
+
+    def _lost_save(self, error: BaseException) -> None:
+        """A full disk costs the place in the data at the next restart, and not the training."""
+        self.save_future = None
+        logger.warning(f"dataloader state was not saved: {_last_line(error)}")
 
     def _ft_folder(self) -> str:
         name = f"replica-{self.ft_replica_id}-of-{self._layout}"
@@ -55,7 +63,11 @@ class ReplicaCheckpointManager(CheckpointManager):
     def _ft_save(self, step: int) -> None:
         if step % SAVE_EVERY:
             return
-        super()._ft_save(step)
+        try:
+            super()._ft_save(step)
+        except (Exception, CheckpointException) as error:
+            self._lost_save(error)
+            return
         if dist.get_rank() == 0:
             self._purge_dataloader_states()
 
@@ -72,10 +84,10 @@ class ReplicaCheckpointManager(CheckpointManager):
         except (Exception, CheckpointException) as error:
             # (torch derives CheckpointException from BaseException.) Losing the place in the
             # data costs some repeated batches; not starting costs the replica group.
-            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
             logger.warning(
-                f"dataloader state in {self._ft_folder()} cannot be read ({reason[0]}): this replica "
-                "reads its share of the data from the beginning; delete that folder to silence this"
+                f"dataloader state in {self._ft_folder()} cannot be read ({_last_line(error)}): this "
+                "replica reads its share of the data from the beginning; delete that folder to "
+                "silence this"
             )
 
     def _other_layouts(self) -> list[str]:
@@ -98,3 +110,9 @@ class ReplicaCheckpointManager(CheckpointManager):
             return
         for step in steps[:-KEEP]:
             shutil.rmtree(os.path.join(folder, f"step-{step}"), ignore_errors=True)
+
+
+def _last_line(error: BaseException) -> str:
+    """torch's checkpoint errors carry a traceback as text; its last line says what it was."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

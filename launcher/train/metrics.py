@@ -79,7 +79,12 @@ class ReplicaMetricsProcessor(MetricsProcessor):
         manager.allreduce(everyone, reduce_op=ReduceOp.SUM).wait()
         if manager.errored():
             return [row]
-        present = [entry[1:] for entry in everyone.tolist() if entry[0] == 1.0]
+        # A second copy of a group adds to the same row: the mean of the two is theirs.
+        present = [
+            [value / entry[0] for value in entry[1:]]
+            for entry in everyone.tolist()
+            if entry[0] >= 1
+        ]
         return present or [row]
 
 

@@ -22,6 +22,10 @@ from launcher.train.metrics import ReplicaMetricsProcessor
 from launcher.train.recorder import Recorder
 from launcher.train.weights import weight_hash
 
+#: Seconds after its start in which a restarted replica group looks whether its peers have
+#: finished meanwhile (they may need a moment to say so).
+TOO_LATE_SECONDS = 60.0
+
 
 class ReplicaFTManager(FTManager):
     """Keeps torchtitan from summing the loss over replica groups; our metrics
@@ -41,10 +45,11 @@ class ReplicaTrainer(ft_train.FTTrainer):
         self._recorder = Recorder.from_environment()
         self._recorder.attach_to_torchft()
         self._recorder.record("start", pid=os.getpid())
-        self._hash_every = int(os.environ.get("TFT_WEIGHT_HASH_EVERY", "0"))
+        self._hash_every = int(os.environ.get("TFT_WEIGHT_HASH_EVERY") or "0")
         self._hash_every = self._hash_every or job_config.metrics.log_freq
-        self._pace = float(os.environ.get("TFT_MIN_STEP_SECONDS", "0"))
+        self._pace = float(os.environ.get("TFT_MIN_STEP_SECONDS") or "0")
         self._timeout_reduced = False
+        self._may_be_too_late = int(os.environ.get("TFT_ATTEMPT") or "1") > 1
         spec.adapt(job_config)
         data.register()
         super().__init__(job_config)
@@ -53,6 +58,7 @@ class ReplicaTrainer(ft_train.FTTrainer):
         if self._manager is not None:
             # Rides along with torchft's own state transfer: the healed side learns of it.
             self._manager.register_state_dict_fn("tft", self._on_heal, self._heal_note)
+        self._ready_at = time.monotonic()
         self._recorder.record("ready")
 
     @property
@@ -65,6 +71,7 @@ class ReplicaTrainer(ft_train.FTTrainer):
     ) -> None:
         started = time.monotonic()
         super().train_step(data_iterator)
+        self._stop_if_too_late()
         self._record_weights()
         self._reduce_timeout_after_heal()
         if self._pace:
@@ -73,6 +80,21 @@ class ReplicaTrainer(ft_train.FTTrainer):
     def close(self) -> None:
         self._recorder.record("end", titan_step=getattr(self, "step", None))
         super().close()
+
+    def _stop_if_too_late(self) -> None:
+        """End a restarted replica group whose peers finished while it was starting: with
+        nobody to heal from, it would train alone from the beginning."""
+        if not self._may_be_too_late:
+            return
+        finished = os.environ.get("TFT_FINISHED", "")
+        if time.monotonic() - self._ready_at > TOO_LATE_SECONDS or not finished:
+            self._may_be_too_late = False
+            return
+        seen = torch.tensor(float(os.path.exists(finished)), device=self.device)
+        torch.distributed.all_reduce(seen)  # the ranks must agree, and may look at other times
+        if seen.item() > 0:
+            logger.info("the run finished while this replica group was starting: nothing is left")
+            sys.exit(0)
 
     def _record_weights(self) -> None:
         """Log the hash of this rank's weights with the manager's step, the only step
@@ -103,6 +125,7 @@ class ReplicaTrainer(ft_train.FTTrainer):
 
     def _on_heal(self, note: dict[str, int]) -> None:
         step = self._manager.current_step()
+        self._may_be_too_late = self._may_be_too_late and step == 0
         self._recorder.record("heal", step=step, source=note["replica"])
         logger.info(f"healed: took the state of replica {note['replica']} at step {step}")
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.capped_log import CappedLog
 from launcher.lighthouse import LighthouseDir, alive, answers
+from launcher.lighthouse_log import UTC_MARK
 from launcher.rundir import Outputs
-from launcher.supervisor import CappedLog
 from tests.e2e.conftest import Workspace, eventually
 
 
@@ -52,6 +53,29 @@ def test_up_status_down(workspace: Workspace, port: str) -> None:
     assert answers(f"http://127.0.0.1:{port}") is not None
     assert not alive(address)
     assert "no lighthouse is up" in workspace.launcher("lighthouse", "down", *where)
+
+
+def test_two_at_once_leave_one_that_can_be_found(workspace: Workspace, port: str) -> None:
+    argv = [sys.executable, "-m", "launcher", "lighthouse", "up", "--host", "127.0.0.1"]
+    both = [
+        subprocess.Popen(
+            [*argv, "--port", port],
+            cwd=workspace.root,
+            env=workspace.env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(2)
+    ]
+    eventually(lambda: any(p.poll() is not None for p in both), 30, "one of the two gives up")
+    (loser,) = [process for process in both if process.poll() is not None]
+    (winner,) = [process for process in both if process is not loser]
+    assert loser.returncode in (1, 2)
+    address = LighthouseDir.of(workspace.outputs, f"http://127.0.0.1:{port}").address()
+    assert address is not None
+    assert address.pid == winner.pid
+    workspace.launcher("lighthouse", "down", "--host", "127.0.0.1", "--port", port)
+    assert winner.wait(15) == 0
 
 
 def test_a_lighthouse_that_dies_is_started_again(workspace: Workspace, port: str) -> None:
@@ -119,7 +143,7 @@ def test_the_log_follows_the_run_and_stays_small(tmp_path: Path) -> None:
     for number in range(200):
         log.write(b"line %03d\n" % number)
     log.close()
-    assert paths[0].read_bytes() == b"before\n"
+    assert paths[0].read_bytes() == UTC_MARK + b"before\n"
     old, new = paths[1].with_name("lighthouse.log.1"), paths[1]
     assert old.stat().st_size <= 1010
     assert (old.read_bytes() + new.read_bytes()).endswith(b"line 199\n")

@@ -260,6 +260,20 @@ class TestDataloaderCheckpoints:
         assert reader.position == 0
         assert "cannot be read" in caplog.text
 
+    def test_a_full_disk_costs_the_save_and_not_the_training(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from torchtitan.components.checkpoint import CheckpointManager
+
+        def full(*args: Any, **kwargs: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        manager, reader = self.manager(tmp_path)
+        monkeypatch.setattr(CheckpointManager, "dcp_save", full)
+        with caplog.at_level(logging.WARNING):
+            self.train(manager, reader, 20)
+        assert caplog.text.count("was not saved: [Errno 28] No space left") == 2
+
 
 class TestWeightHash:
     def test_any_single_weight_changes_it(self) -> None:

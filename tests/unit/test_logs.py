@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.events import PATTERNS, Event, ReplicaLogReader
-from launcher.lighthouse_log import LighthouseReader
+from launcher.lighthouse_log import UTC_MARK, LighthouseReader
 from launcher.snapshot import as_data
 from launcher.state import RunState
 from launcher.watcher import Watcher
@@ -92,6 +93,15 @@ def test_lines_of_older_versions_too() -> None:
     (event,) = lighthouse_events([line])
     assert event.t == pytest.approx(1752673902.123)
     assert event.get("members") == [(1, "3f-a", 302, "http://w-1:1")]
+
+
+def test_a_log_in_utc_is_understood_in_any_time_zone(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = (FIXTURES / "node-down" / "lighthouse.log").read_bytes()
+    here = lighthouse_events([data])
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    assert [e.t for e in lighthouse_events([UTC_MARK + data])] == [e.t for e in here]
+    assert [e.t for e in lighthouse_events([data])] != [e.t for e in here]
 
 
 def test_a_restarted_lighthouse_counts_from_one_again() -> None:

@@ -1,11 +1,13 @@
 """From Slurm's variables to torchrun: the command, the environment, the refusals."""
 
+import http.server
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,6 +151,9 @@ def test_a_task_requeued_after_the_run_has_finished_does_not_train_again_alone(
         ({"TORCHFT_LIGHTHOUSE": ""}, "(?s)no lighthouse is published.*lighthouse up"),
         ({"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "4"}, "must be 0 to N-1"),
         ({"SLURM_JOB_NUM_NODES": "2"}, "one node"),
+        ({"TFT_EXTRA_ARGS": "--fault_tolerance.no-enable"}, "must not set"),
+        ({"TORCHFT_TIMEOUT_SEC": "9" * 20}, "below a million"),
+        ({"TFT_MIN_STEP_SECONDS": "inf"}, "TFT_MIN_STEP_SECONDS"),
         ({"TFT_EXTRA_ARGS": "--training.steps=many"}, "training.steps must be a whole number"),
     ],
 )
@@ -214,6 +219,41 @@ def test_a_second_run_is_refused_while_the_first_is_in_the_queue(
     assert folder.claimed_by() == 60
 
 
+STATUS = """
+Current quorum_id: 3 <br>
+<h2>Heartbeats</h2>
+  <li class="heartbeat
+  ">
+    torchtitan_ft_0:abc-uuid: seen {age}s ago
+  </li>
+"""
+
+
+@pytest.mark.parametrize(("age", "refused"), [("0.029254662", True), ("3.042383287", False)])
+def test_a_run_of_another_clone_on_the_same_lighthouse_is_seen_by_its_heartbeats(
+    age: str, refused: bool
+) -> None:
+    """The page as torchft-nightly 2026.10.26 serves it."""
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(STATUS.format(age=age).encode())
+
+        def log_message(self, *details: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.handle_request).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        if refused:
+            with pytest.raises(UsageError, match="torchtitan_ft_0 send heartbeats"):
+                lighthouse.refuse_strangers(url)
+        else:
+            lighthouse.refuse_strangers(url)
+
+
 def test_several_published_lighthouses_need_a_choice(tmp_path: Path) -> None:
     outputs = Outputs(tmp_path)
     for port in (1, 2):
@@ -226,7 +266,7 @@ def test_several_published_lighthouses_need_a_choice(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="several lighthouses"):
         lighthouse.discover(outputs, "")
     assert lighthouse.discover(outputs, "http://login:2") == "http://login:2"
-    LighthouseDir.of(outputs, "http://login:2").unpublish()
+    LighthouseDir.of(outputs, "http://login:2").unpublish(1)
     assert lighthouse.discover(outputs, "") == "http://login:1"
 
 

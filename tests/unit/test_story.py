@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import events
+from launcher import events, findings
 from launcher.events import Event
-from launcher.findings import Severity
+from launcher.findings import Severity, Snapshot
 from launcher.model import BlindError, CriticalError, GroupState
 from launcher.monitor import SCRIPT, choose, follow, line, once
 from launcher.rundir import Outputs, RunDir
@@ -149,6 +149,26 @@ def test_a_run_that_never_lost_anything_fails_the_verdict(recorded: list[Event])
     verdict = judge(fold(recorded), lost=0)
     assert "replica 0 never left the quorum" in "\n".join(verdict.lines())
     assert not verdict.recovered
+
+
+def test_training_again_alone_is_not_a_recovery(recorded: list[Event]) -> None:
+    """As when its peers have finished meanwhile: it finds nobody to heal from."""
+    story, restarted = [], False
+    for event in recorded:
+        restarted = restarted or (event.kind == "launch" and event.get("attempt") == 2)
+        if restarted and event.replica == 1 and event.kind == "commit":
+            fields = {**event.fields, "step": int(event.get("step")) - 36}
+            event = Event(t=event.t, kind="commit", replica=1, fields=fields)
+        if event.get("step", 0) < 46:
+            story.append(event)
+    state, told = RunState(2, 120), []
+    for event in story:
+        told += [notice.text for notice in state.apply(event)]
+    assert not any("RECOVERED" in text for text in told)
+    assert "replica 1 STARTED OVER at step 1 (lost at step 10)" in "\n".join(told)
+    kinds = [finding.kind for finding in findings.judge(Snapshot(state=state, now=0.0))]
+    assert "started_over" in kinds
+    assert not judge(state, lost=1).recovered
 
 
 def test_a_second_failed_commit_of_the_survivor_fails_the_verdict(recorded: list[Event]) -> None:

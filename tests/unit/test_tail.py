@@ -47,6 +47,18 @@ def test_rotation_loses_nothing_of_the_old_file(tmp_path: Path) -> None:
         assert texts(tail) == []
 
 
+def test_a_file_set_aside_is_read_first_and_only_once(tmp_path: Path) -> None:
+    path, older = tmp_path / "log", tmp_path / "log.1"
+    older.write_bytes(b"zero\n")
+    path.write_bytes(b"one\n")
+    with Tail(path, older) as tail:
+        assert texts(tail) == [b"zero", b"one"]
+        os.replace(path, older)
+        path.write_bytes(b"two\n")
+        assert texts(tail) == [b"two"]
+        assert texts(tail) == []
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.binary(max_size=200), cuts=st.lists(st.integers(0, 200), max_size=6))
 def test_any_bytes_cut_anywhere_give_the_same_lines(data: bytes, cuts: list[int]) -> None:
