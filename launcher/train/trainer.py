@@ -70,8 +70,8 @@ class ReplicaTrainer(ft_train.FTTrainer):
         self, data_iterator: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]
     ) -> None:
         started = time.monotonic()
-        super().train_step(data_iterator)
         self._stop_if_too_late()
+        super().train_step(data_iterator)
         self._record_weights()
         self._reduce_timeout_after_heal()
         if self._pace:
