@@ -65,7 +65,7 @@ p { margin: 6px 0; }
 .wide { overflow-x: auto; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 22px 0 12px; }
 .tile { padding: 12px 15px; }
-.tile b { display: block; font-size: 23px; line-height: 1.3; font-weight: 600; }
+.tile b { display: block; font-size: 21px; line-height: 1.35; font-weight: 600; white-space: nowrap; }
 .tile span { font-size: 13px; }
 .tile small { display: block; font-size: 12px; line-height: 1.35; margin-top: 3px; }
 dl { display: grid; grid-template-columns: max-content 1fr max-content 1fr; gap: 5px 18px; margin: 0; }
@@ -74,7 +74,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 800px) { dl { grid-template-columns: max-content 1fr; } }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; margin: 0 0 6px; }
 .legend i { display: inline-block; width: 13px; height: 13px; border-radius: 3px; margin-right: 6px; vertical-align: -2px; }
-svg { display: block; width: 100%; min-width: 760px; height: auto; }
+svg { display: block; width: 100%; min-width: 760px; height: auto; overflow: visible; }
 svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", sans-serif !important; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; line-height: 1.4; }
 th { text-align: left; font-weight: 600; color: var(--muted); white-space: nowrap; vertical-align: bottom; }
@@ -83,6 +83,7 @@ td { vertical-align: top; border-top: 1px solid var(--line); }
 td.time { white-space: nowrap; }
 td.time small { display: block; font-size: 12px; }
 th.number, td.number { text-align: right; white-space: nowrap; }
+td.node { min-width: 84px; overflow-wrap: anywhere; }
 td.cause { min-width: 170px; overflow-wrap: anywhere; }
 td.cause div { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; }
 tr.more td { border-top: 0; padding-top: 0; padding-bottom: 10px; }
@@ -193,7 +194,7 @@ def _incident(incident: IncidentText, opened: str, dated: bool, columns: int) ->
     cause = escape(incident.cause)
     yield (
         f'<tr id="incident-{incident.number}"><td class="mark">{incident.number}</td>'
-        f"<td>{incident.replica}</td><td>{escape(incident.node) or NOTHING}</td>"
+        f'<td>{incident.replica}</td><td class="node">{escape(incident.node) or NOTHING}</td>'
         f'<td class="cause"><div title="{cause}">{cause}</div></td>'
     )
     for moment in incident.moments:

@@ -12,7 +12,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launcher.history import BY_BADNESS, History, Series, Span
 from launcher.incidents import Incident
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 WIDTH, LEFT, RIGHT = 1160, 58, 18
 PLOT = WIDTH - LEFT - RIGHT
 #: Room above the plots for the numbers of incidents, and below for the hours.
-TOP, BOTTOM, GAP = 34, 26, 26
+TOP, BOTTOM, GAP = 58, 40, 28
 #: Narrowest part of a lane: whatever is shorter is drawn this wide, so that it is seen.
 CELL = 2.4
-#: Incidents that are nearer to each other share one number.
-NEAR = 32.0
+#: Rows of incidents' numbers above a plot, their height, and the width of a character in them.
+ROWS, ROW_HEIGHT, CHARACTER = 3, 13, 7.2
 QUORUM_HEIGHT, CURVE_HEIGHT = 84, 170
 
 #: The page's variable for each state.
@@ -112,21 +112,41 @@ def cells(spans: Sequence[Span[GroupState]], start: float, end: float, count: in
     return found
 
 
-def numbers(
-    incidents: Sequence[Incident], start: float, end: float
-) -> list[tuple[float, int, int]]:
-    """Where to write which numbers: (time, first, last), neighbours together."""
-    clusters: list[list[tuple[float, int]]] = []
-    near = NEAR / PLOT * (end - start)
+class Label(NamedTuple):
+    """A number above a plot, or several of neighbours for whom there is no room."""
+
+    x: float
+    """Pixels from the left end of the plot."""
+    row: int
+    first: int
+    last: int
+
+    @property
+    def text(self) -> str:
+        dash = "\N{EN DASH}"
+        return str(self.first) if self.first == self.last else f"{self.first}{dash}{self.last}"
+
+    @property
+    def right(self) -> float:
+        return self.x + CHARACTER * (len(self.text) + 0.5)
+
+
+def labels(incidents: Sequence[Incident], start: float, end: float) -> list[Label]:
+    """Where to write the numbers of incidents so that none covers another."""
+    placed: list[Label] = []
+    rights = [float("-inf")] * ROWS
     for t, number in sorted((i.lost_at, n) for n, i in enumerate(incidents, start=1)):
-        if clusters and t - clusters[-1][-1][0] < near:
-            clusters[-1].append((t, number))
+        x = (t - start) / (end - start) * PLOT
+        row = next((row for row in range(ROWS) if rights[row] <= x), None)
+        if row is not None:
+            placed.append(Label(x, row, number, number))
         else:
-            clusters.append([(t, number)])
-    return [
-        ((some[0][0] + some[-1][0]) / 2, min(n for _, n in some), max(n for _, n in some))
-        for some in clusters
-    ]
+            label = placed.pop()
+            row = label.row
+            first, last = min(label.first, number), max(label.last, number)
+            placed.append(label._replace(first=first, last=last))
+        rights[row] = placed[-1].right
+    return placed
 
 
 def _lane_height(count: int) -> int:
@@ -172,12 +192,16 @@ def _draw_lanes(
 
 
 def _draw_quorum(axes: Axes, spans: Sequence[Span[int]], size: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     times = [t for span in spans for t in (span.start, span.end)]
     sizes = [span.value for span in spans for _ in (span.start, span.end)]
-    axes.fill_between(times, sizes, color=PLACEHOLDERS["training"], alpha=0.55, linewidth=0)
-    axes.plot(times, sizes, color=PLACEHOLDERS["accent"], linewidth=1.2)
-    axes.set_ylim(0, size * 1.08)
-    axes.set_yticks(sorted({0, size // 2, size}) if size > 2 else range(size + 1))
+    # What is missing is filled, from the top: right even where the scale does not begin at 0.
+    axes.fill_between(times, sizes, size, color=PLACEHOLDERS["lost"], alpha=0.3, linewidth=0)
+    axes.plot(times, sizes, color=PLACEHOLDERS["accent"], linewidth=1.4)
+    least = min(sizes, default=0)
+    axes.set_ylim(max(0, least - max(1, size - least)), size)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     _name(axes, "quorum")
 
 
@@ -216,25 +240,24 @@ def _mark(axes: Axes, incidents: Sequence[Incident], start: float, end: float) -
         [1.0] * len(incidents),
         linestyle="none",
         marker=[(-0.5, 1.0), (0.5, 1.0), (0.0, 0.0)],
-        markersize=8,
+        markersize=13,
         color=colour,
         markeredgewidth=0,
         transform=across,
         clip_on=False,
     )
-    for t, first, last in numbers(incidents, start, end):
-        label = axes.annotate(
-            str(first) if first == last else f"{first}\N{EN DASH}{last}",
-            xy=(t, 1.0),
-            xycoords=across,
-            xytext=(0, 13),
+    for label in labels(incidents, start, end):
+        text = axes.annotate(
+            label.text,
+            xy=(label.x / PLOT, 1.0),
+            xycoords="axes fraction",
+            xytext=(-CHARACTER / 2, 12 + ROW_HEIGHT * label.row),
             textcoords="offset points",
-            ha="center",
             color=colour,
             fontweight="bold",
             annotation_clip=False,
         )
-        label.set_url(f"#incident-{first}")
+        text.set_url(f"#incident-{label.first}")
 
 
 def _figure(heights: Sequence[int], start: float, end: float) -> tuple[Figure, list[Axes]]:
