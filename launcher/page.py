@@ -266,7 +266,7 @@ def _group(group: GroupText, names: Sequence[str]) -> str:
         seconds(group.seconds[name]) if group.seconds.get(name) else NOTHING for name in names
     ]
     return (
-        f"<tr><td>{group.replica}</td><td>{escape(group.node)}</td><td>{group.state}</td>"
+        f'<tr><td>{group.replica}</td><td class="node">{escape(group.node)}</td><td>{group.state}</td>'
         + "".join(f'<td class="number">{cell}</td>' for cell in cells)
         + "</tr>"
     )

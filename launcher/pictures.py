@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 #: All sizes are in pixels of a page that is shown in full width.
 WIDTH, LEFT, RIGHT = 1160, 58, 18
 PLOT = WIDTH - LEFT - RIGHT
-#: Room above the plots for the numbers of incidents, and below for the hours.
-TOP, BOTTOM, GAP = 58, 40, 28
+#: Room above the plots and below them for a line of text less than they need, and between.
+TOP, BOTTOM, GAP = 19, 14, 28
 #: Narrowest part of a lane: whatever is shorter is drawn this wide, so that it is seen.
 CELL = 2.4
 #: Rows of incidents' numbers above a plot, their height, and the width of a character in them.
@@ -60,10 +60,11 @@ def timeline(
     replicas = sorted(history.groups)
     lane = _lane_height(len(replicas))
     lanes_height = lane * max(1, len(replicas))
+    marks = labels(incidents, start, end)
     with _style("timeline"):
-        figure, (lanes, quorum) = _figure([lanes_height, QUORUM_HEIGHT], start, end)
+        figure, (lanes, quorum) = _figure([lanes_height, QUORUM_HEIGHT], marks, start, end)
         _draw_lanes(lanes, history, replicas, lane, start, end)
-        _mark(lanes, incidents, start, end)
+        _mark(lanes, incidents, marks)
         lanes.tick_params(axis="x", labelbottom=False, length=0)
         _draw_quorum(quorum, history.quorum.spans(end), max(size, 1))
         return _svg(figure)
@@ -71,8 +72,9 @@ def timeline(
 
 def curves(history: History, incidents: Sequence[Incident], start: float, end: float) -> str:
     """Loss and tokens per second, with the incidents as lines through both."""
+    marks = labels(incidents, start, end)
     with _style("curves"):
-        figure, (loss, speed) = _figure([CURVE_HEIGHT, CURVE_HEIGHT], start, end)
+        figure, (loss, speed) = _figure([CURVE_HEIGHT, CURVE_HEIGHT], marks, start, end)
         _draw_series(loss, history.loss, "accent", "loss")
         _draw_series(speed, history.tokens_per_second, "second", "tokens/s")
         speed.set_ylim(bottom=0)
@@ -91,7 +93,7 @@ def curves(history: History, incidents: Sequence[Incident], start: float, end: f
                 alpha=0.55,
                 transform=axes.get_xaxis_transform(),
             )
-        _mark(loss, incidents, start, end)
+        _mark(loss, incidents, marks)
         return _svg(figure)
 
 
@@ -198,7 +200,7 @@ def _draw_quorum(axes: Axes, spans: Sequence[Span[int]], size: int) -> None:
     sizes = [span.value for span in spans for _ in (span.start, span.end)]
     # What is missing is filled, from the top: right even where the scale does not begin at 0.
     axes.fill_between(times, sizes, size, color=PLACEHOLDERS["lost"], alpha=0.3, linewidth=0)
-    axes.plot(times, sizes, color=PLACEHOLDERS["accent"], linewidth=1.4)
+    axes.plot(times, sizes, color=PLACEHOLDERS["accent"], linewidth=1.4, clip_on=False)
     least = min(sizes, default=0)
     axes.set_ylim(max(0, least - max(1, size - least)), size)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
@@ -231,7 +233,7 @@ def _name(axes: Axes, name: str) -> None:
     )
 
 
-def _mark(axes: Axes, incidents: Sequence[Incident], start: float, end: float) -> None:
+def _mark(axes: Axes, incidents: Sequence[Incident], marks: Sequence[Label]) -> None:
     """Number the incidents above ``axes``; each number leads to its row in the table."""
     colour = PLACEHOLDERS["lost"]
     across = axes.get_xaxis_transform()
@@ -246,7 +248,7 @@ def _mark(axes: Axes, incidents: Sequence[Incident], start: float, end: float) -
         transform=across,
         clip_on=False,
     )
-    for label in labels(incidents, start, end):
+    for label in marks:
         text = axes.annotate(
             label.text,
             xy=(label.x / PLOT, 1.0),
@@ -260,14 +262,18 @@ def _mark(axes: Axes, incidents: Sequence[Incident], start: float, end: float) -
         text.set_url(f"#incident-{label.first}")
 
 
-def _figure(heights: Sequence[int], start: float, end: float) -> tuple[Figure, list[Axes]]:
+def _figure(
+    heights: Sequence[int], marks: Sequence[Label], start: float, end: float
+) -> tuple[Figure, list[Axes]]:
     """Axes of these heights below each other, on one axis of time."""
     from matplotlib.figure import Figure
 
-    total = TOP + sum(heights) + GAP * (len(heights) - 1) + BOTTOM
-    figure = Figure(figsize=(WIDTH / 72, total / 72))
     ticks = _ticks(start, end)
-    below, all_axes = TOP, []
+    above = TOP + ROW_HEIGHT * (1 + max((label.row for label in marks), default=0))
+    under = BOTTOM + ROW_HEIGHT * (1 + any("\n" in text for _, text in ticks))
+    total = above + sum(heights) + GAP * (len(heights) - 1) + under
+    figure = Figure(figsize=(WIDTH / 72, total / 72))
+    below, all_axes = above, []
     for height in heights:
         box = (LEFT / WIDTH, 1 - (below + height) / total, PLOT / WIDTH, height / total)
         axes = figure.add_axes(box)

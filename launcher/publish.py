@@ -20,10 +20,12 @@ def publish(run: RunDir, shape: ReportFormat, output: Path | None = None) -> Pat
         output: the file to write; by default ``report.*`` in the run's directory.
 
     Raises:
-        UsageError: there is no folder for ``output``.
+        UsageError: ``output`` cannot be a file.
     """
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"cannot write {output}: {output.parent} is not a folder, make it first")
+    if output is not None and output.is_dir():
+        raise UsageError(f"cannot write {output}: it is a folder, name a file in it")
     history = History()
     with Watcher.of_run(run, Slurm()) as watcher:
         watcher.on_event = history.note

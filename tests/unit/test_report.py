@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from launcher import history as history_module
+from launcher.cli import main
 from launcher.events import Event, Source
 from launcher.findings import Finding, Severity
 from launcher.history import BY_BADNESS, Changes, History, Series, Span
@@ -227,14 +228,38 @@ def test_the_report_as_text(run: RunDir, tmp_path: Path) -> None:
         assert len({row.count(" |") for row in table.splitlines()}) == 1, table
 
 
-def test_a_run_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no run '77' under .*the newest are: none yet"):
-        Outputs(tmp_path).find("77")
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit code of ``python -m launcher report`` with these arguments."""
+    monkeypatch.setattr("sys.argv", ["launcher", "report", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return int(left.value.code or 0)
 
 
-def test_a_folder_that_is_not_there(run: RunDir, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"cannot write .*is not a folder, make it first"):
+def test_the_command_says_where_the_report_is(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TFT_OUTPUTS", str(run.path.parent.parent))
+    assert command(monkeypatch, "5183502") == 0
+    assert capsys.readouterr().out == f"{run.path / 'report.html'}\n"
+    assert (run.path / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_run_that_is_not_there(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TFT_OUTPUTS", str(run.path.parent.parent))
+    assert command(monkeypatch, "77") == UsageError.exit_code
+    said = capsys.readouterr().err
+    assert said.startswith("error: no run '77' under ")
+    assert said.endswith("the newest are: tft-5183502\n")
+
+
+def test_an_output_that_cannot_be(run: RunDir, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is not a folder, make it first"):
         publish(run, ReportFormat.HTML, tmp_path / "missing" / "report.html")
+    with pytest.raises(UsageError, match=r"it is a folder, name a file in it"):
+        publish(run, ReportFormat.HTML, tmp_path)
 
 
 def test_a_run_that_has_not_begun(tmp_path: Path, run: RunDir) -> None:
