@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launcher.model import KitError
+from launcher.model import KitError, ReportFormat
 
 if TYPE_CHECKING:
     from launcher.lighthouse import LighthouseDir
@@ -226,6 +226,24 @@ def monitor(
         watcher = Watcher.of_run(chosen, slurm)
     with watcher:
         raise typer.Exit(monitor.once(watcher, say=_say, as_json=as_json))
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="Run name or array job id; default: newest.")] = "",
+    outputs: OutputsOption = OUTPUTS,
+    shape: Annotated[
+        ReportFormat, typer.Option("--format", help="A page to look at, text tables, or data.")
+    ] = ReportFormat.HTML,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; default: report.* in the run's directory.")
+    ] = None,
+) -> None:
+    """Write what happened in a run: timeline, loss, incidents with evidence, findings."""
+    from launcher.publish import publish
+    from launcher.rundir import Outputs
+
+    _say(str(publish(Outputs(outputs.absolute()).find(run or None), shape, output)))
 
 
 @sandbox_app.command("up")

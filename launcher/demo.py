@@ -17,8 +17,10 @@ from types import FrameType
 import psutil
 
 from launcher import assets
-from launcher.model import CriticalError, KitError
+from launcher.history import History
+from launcher.model import CriticalError, KitError, ReportFormat
 from launcher.monitor import SCRIPT, line
+from launcher.publish import write
 from launcher.rundir import Outputs
 from launcher.sandbox import Sandbox
 from launcher.state import Notice
@@ -92,7 +94,8 @@ class Demo:
         run = self._outputs.run_of_array(array)
         self._wait("submit", run.manifest_path.is_file)
         watcher = self._watcher = self._resources.enter_context(Watcher.of_run(run, self._slurm))
-        state = watcher.state
+        state, history = watcher.state, History()
+        watcher.on_event = history.note
         self._wait(
             "train",
             lambda: (
@@ -129,6 +132,8 @@ class Demo:
         for text in verdict.lines():
             self._say(text)
         self._say(f"logs and events: {os.path.relpath(run.path)}")
+        page = write(run, watcher, history, ReportFormat.HTML)
+        self._say(f"report: {os.path.relpath(page)}")
         return verdict.recovered
 
     def _environment(self) -> dict[str, str]:

@@ -48,3 +48,16 @@ class GroupState(enum.Enum):
     STALLED = "STALLED"  # alive but not joining while others wait
     LOST = "LOST"  # left the quorum without having finished
     DONE = "DONE"  # trained to the last step
+
+
+class ReportFormat(enum.Enum):
+    """What a report is written as; the value is how it is asked for."""
+
+    HTML = "html"
+    MARKDOWN = "markdown"
+    JSON = "json"
+
+    @property
+    def suffix(self) -> str:
+        """Last part of the name of a report's file."""
+        return ".md" if self is ReportFormat.MARKDOWN else f".{self.value}"

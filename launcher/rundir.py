@@ -11,6 +11,7 @@
         tft-<A>_<a>.out / .err    logs of replica group <a>, all attempts, appended
         tft-<A>_<a>.events.jsonl  its structured events
         ranks/<a>.<attempt>/      full output of every rank, by torchrun
+        report.html               what `launcher report` made of all that
 """
 
 from __future__ import annotations
@@ -95,6 +96,10 @@ class RunDir:
 
     def failures(self, replica: int, attempt: int) -> Path:
         return self.ranks(replica, attempt) / "failures.json"
+
+    def report(self, suffix: str) -> Path:
+        """The report that is written by default; ``suffix`` is ``".html"``, for example."""
+        return self.path / f"report{suffix}"
 
     def create(self, manifest: Manifest) -> Manifest:
         """Write the manifest unless there is one; return the one that stands.

@@ -1,0 +1,356 @@
+"""What a report says of a run, as clean words and numbers for any format. Pure.
+
+Causes, host names and messages come from logs: every text here has lost what cannot be
+printed, and its length is bounded. Escaping is for whoever writes a format.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.findings import Finding
+from launcher.history import History
+from launcher.incidents import Incident
+from launcher.model import GroupState
+from launcher.rundir import Manifest
+from launcher.snapshot import as_data, figures, iso
+from launcher.state import Group, RunState
+
+#: Incidents in a report, the newest; the JSON has all.
+MOST_INCIDENTS = 200
+#: Lines of evidence in a report for one incident, the first; the JSON has all.
+MOST_EVIDENCE = 12
+#: Characters of one text that came from a log.
+MOST_CHARACTERS = 600
+
+#: Stands where there is no value.
+NOTHING = "\N{EN DASH}"
+
+#: How a state is called for a person; two states may share a name.
+STATE_NAMES = {
+    GroupState.TRAINING: "training",
+    GroupState.HEALING: "healing",
+    GroupState.STARTING: "starting",
+    GroupState.PENDING: "waiting in Slurm",
+    GroupState.REQUEUED: "waiting in Slurm",
+    GroupState.LOST: "lost",
+    GroupState.STALLED: "stalled",
+    GroupState.DONE: "done",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One number, what it is called, and what it means."""
+
+    name: str
+    value: str
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """When something of an incident happened."""
+
+    name: str
+    t: float | None
+    after: float | None = None
+    """Seconds since the first sign."""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """A line of a log that points to a cause."""
+
+    t: float
+    text: str
+    cause: str
+    where: str
+    """File and byte offset."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IncidentText:
+    """One incident, ready to be printed."""
+
+    number: int
+    """As in the pictures."""
+    replica: int
+    node: str
+    cause: str
+    moments: Sequence[Moment]
+    steps_lost: int
+    survivor_stall: str
+    evidence: Sequence[Evidence]
+    evidence_left_out: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupText:
+    """One replica group at the end, and where its time went."""
+
+    replica: int
+    node: str
+    state: str
+    step: int
+    attempts: int
+    failed_commits: int
+    seconds: dict[str, float]
+    """By name of the state."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digest:
+    """All that a report says, apart from the pictures."""
+
+    run: str
+    status: str
+    finished: bool
+    start: float
+    end: float
+    facts: Sequence[tuple[str, str]]
+    figures: Sequence[Figure]
+    groups: Sequence[GroupText]
+    incidents: Sequence[IncidentText]
+    incidents_left_out: int
+    findings: Sequence[Finding]
+
+
+def digest(
+    manifest: Manifest,
+    state: RunState,
+    history: History,
+    findings: Sequence[Finding],
+    end: float,
+) -> Digest:
+    """Say in words what is known of a run at ``end`` (Unix seconds)."""
+    start = state.first_event if state.first_event is not None else manifest.created or end
+    numbered = list(enumerate(state.incidents, start=1))
+    return Digest(
+        run=clean(manifest.run),
+        status=_status(state),
+        finished=state.finished,
+        start=start,
+        end=max(start, end),
+        facts=_facts(manifest, state, start, end),
+        figures=_figures(state),
+        groups=[
+            _group(group, history, end)
+            for group in sorted(state.groups.values(), key=lambda group: group.replica)
+        ],
+        incidents=[_incident(number, i) for number, i in numbered[-MOST_INCIDENTS:]],
+        incidents_left_out=max(0, len(numbered) - MOST_INCIDENTS),
+        findings=[
+            Finding(kind=f.kind, severity=f.severity, message=clean(f.message), replica=f.replica)
+            for f in findings
+        ],
+    )
+
+
+def data(manifest: Manifest, state: RunState, findings: Sequence[Finding]) -> dict[str, Any]:
+    """The monitor's interface for tools, with the figures and all that incidents hold."""
+    values = as_data(state, findings)
+    for plain, incident in zip(values["incidents"], state.incidents, strict=True):
+        plain |= {
+            "node": incident.host,
+            "lost_at_step": incident.lost_at_step,
+            "requeued_at": iso(incident.requeued_at),
+            "started_at": iso(incident.started_at),
+            "rejoined_at": iso(incident.rejoined_at),
+            "healed_at": iso(incident.healed_at),
+            "healed_from": incident.healed_from,
+            "recovered_at_step": incident.recovered_at_step,
+            "evidence": [
+                {
+                    "time": iso(sign.t),
+                    "cause": sign.cause.value,
+                    "text": sign.text,
+                    "file": sign.source.file if sign.source else None,
+                    "offset": sign.source.offset if sign.source else None,
+                }
+                for sign in incident.evidence
+            ],
+        }
+    return {
+        "run": manifest.run,
+        **values,
+        "figures": figures(state),
+        "weights": {
+            "compared": state.weights.compared,
+            "differences": state.weights.differences,
+        },
+    }
+
+
+def clean(text: str) -> str:
+    """``text`` on one line, bounded, without what cannot be printed."""
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text.strip())
+    return shown if len(shown) <= MOST_CHARACTERS else shown[: MOST_CHARACTERS - 1] + "…"
+
+
+def clock(t: float, *, date: bool = False) -> str:
+    """Local time of day, to the second; with the day where that must be said."""
+    return datetime.datetime.fromtimestamp(t).strftime("%Y-%m-%d %H:%M:%S" if date else "%H:%M:%S")
+
+
+def seconds(value: float) -> str:
+    """A duration in the two units that say most."""
+    if value < 59.95:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(value / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(value / 3600)
+    return f"{hours // 24} d {hours % 24:02d} h"
+
+
+def plural(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def _status(state: RunState) -> str:
+    if state.finished:
+        return "trained to the last step"
+    counts = Counter(STATE_NAMES[group.state] for group in state.groups.values())
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
+
+
+def _facts(manifest: Manifest, state: RunState, start: float, end: float) -> list[tuple[str, str]]:
+    total = f" of {state.steps:,}" if state.steps is not None else ""
+    flags = " ".join(manifest.extra_args)
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    facts = [
+        ("Configuration", manifest.config + (f" {flags}" if flags else "")),
+        (
+            "Replica groups",
+            f"{manifest.group_size}, of {plural(manifest.ranks_per_group, 'rank')} each",
+        ),
+        ("Steps", f"{state.step:,}{total} committed"),
+        ("Duration", f"{seconds(max(0.0, end - start))}, from {clock(start, date=True)}"),
+        ("Quorum", f"{len(state.members)} of {state.size}, id {state.quorum_id}"),
+        ("Versions", versions or "not recorded"),
+        ("Lighthouse", manifest.lighthouse or "not recorded"),
+        ("Submitted by", manifest.submitted_by or "not recorded"),
+    ]
+    return [(name, clean(value)) for name, value in facts]
+
+
+def _figures(state: RunState) -> list[Figure]:
+    values = figures(state)
+
+    def shown(name: str, shape: str) -> str:
+        value = values[name]
+        return NOTHING if value is None else shape.format(value)
+
+    recover, detect = values["time_to_recover_s"], values["time_to_detect_s"]
+    ledger = state.weights
+    return [
+        Figure(
+            name="Time to detect",
+            value=NOTHING if detect is None else seconds(detect),
+            meaning="first sign to the first quorum without it, median",
+        ),
+        Figure(
+            name="Time to recover",
+            value=NOTHING if recover is None else seconds(recover),
+            meaning="from that quorum to the first commit after coming back, median",
+        ),
+        Figure(
+            name="Steps lost",
+            value=shown("steps_lost", "{:,.0f}"),
+            meaning=f"tried and not committed, over {plural(len(state.incidents), 'incident')}",
+        ),
+        Figure(
+            name="Participation",
+            value=shown("participation", "{:.1%}"),
+            meaning="mean quorum size over group size",
+        ),
+        Figure(
+            name="Step efficiency",
+            value=shown("step_efficiency", "{:.2%}"),
+            meaning="committed over attempted steps",
+        ),
+        Figure(
+            name="Both together",
+            value=shown("training_efficiency", "{:.1%}"),
+            meaning="participation times step efficiency",
+        ),
+        Figure(
+            name="Weights",
+            value=_weights(ledger.compared, ledger.differences),
+            meaning=f"{ledger.compared:,} (step, rank) pairs compared between groups",
+        ),
+    ]
+
+
+def _weights(compared: int, differences: int) -> str:
+    if not compared:
+        return NOTHING
+    return f"{differences:,} differ" if differences else "identical"
+
+
+def _group(group: Group, history: History, end: float) -> GroupText:
+    spent: dict[str, float] = {}
+    changes = history.groups.get(group.replica)
+    for span in changes.spans(end) if changes else []:
+        name = STATE_NAMES[span.value]
+        spent[name] = spent.get(name, 0.0) + span.end - span.start
+    return GroupText(
+        replica=group.replica,
+        node=clean(group.host),
+        state=STATE_NAMES[group.state],
+        step=group.step,
+        attempts=group.attempt,
+        failed_commits=group.failed_commits,
+        seconds=spent,
+    )
+
+
+def _incident(number: int, incident: Incident) -> IncidentText:
+    def moment(name: str, t: float | None, note: str = "") -> Moment:
+        after = None if t is None else t - incident.first_sign
+        return Moment(name=name, t=t, after=after, note=note)
+
+    healer = "" if incident.healed_from is None else f"from {incident.healed_from}"
+    at = incident.recovered_at_step
+    evidence = sorted(incident.evidence, key=lambda sign: sign.t)
+    return IncidentText(
+        number=number,
+        replica=incident.replica,
+        node=clean(incident.host),
+        cause=clean(incident.why),
+        moments=[
+            Moment(
+                name="First sign", t=incident.first_sign, note=f"at step {incident.lost_at_step:,}"
+            ),
+            moment("Detected", incident.detected_at),
+            moment("Started again", incident.started_at),
+            moment("Rejoined", incident.rejoined_at),
+            moment("Healed", incident.healed_at, healer),
+            moment("Recovered", incident.recovered_at, "" if at is None else f"at step {at:,}"),
+        ],
+        steps_lost=incident.steps_lost,
+        survivor_stall=seconds(incident.survivor_stall_s),
+        evidence=[
+            Evidence(
+                t=sign.t,
+                text=clean(sign.text),
+                cause=sign.cause.value,
+                where=(
+                    f"{clean(sign.source.file)}, byte {sign.source.offset:,}"
+                    if sign.source is not None
+                    else "source not recorded"
+                ),
+            )
+            for sign in evidence[:MOST_EVIDENCE]
+        ],
+        evidence_left_out=max(0, len(evidence) - MOST_EVIDENCE),
+    )
