@@ -221,7 +221,12 @@ def monitor(
     else:
         chosen = monitor.choose(Outputs(outputs.absolute()), run or None, slurm)
         if not once:
-            monitor.follow(chosen, say=_say, slurm=slurm)
+            if sys.stdout.isatty():
+                from launcher.live import follow_live
+
+                follow_live(chosen, slurm)
+            else:
+                monitor.follow(chosen, say=_say, slurm=slurm)
             return
         watcher = Watcher.of_run(chosen, slurm)
     with watcher:

@@ -43,6 +43,8 @@ class Job:
     state: str
     node: str
     reason: str
+    start: str = ""
+    """When it started, or is expected to, as squeue prints it; empty when it says N/A."""
 
     @property
     def live(self) -> bool:
@@ -78,7 +80,7 @@ class Slurm:
             BlindError: the controller could not be asked.
         """
         argv = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={job_id}"]
-        done = self._run([*argv, "--format=%A|%F|%K|%T|%N|%r"])
+        done = self._run([*argv, "--format=%A|%F|%K|%T|%N|%S|%r"])
         if done.code != 0:
             if "Invalid job id" in done.err:
                 return []
@@ -161,10 +163,10 @@ class Slurm:
 
 
 def _job(line: str) -> Job:
-    parts = line.split("|", 5)
-    if len(parts) != 6:
+    parts = line.split("|", 6)
+    if len(parts) != 7:
         raise BlindError(f"squeue printed a line that is not understood: {line!r}")
-    job_id, array, task, state, node, reason = (part.strip() for part in parts)
+    job_id, array, task, state, node, start, reason = (part.strip() for part in parts)
     return Job(
         job_id=int(job_id),
         array_job_id=int(array) if array.isdigit() else int(job_id),
@@ -172,6 +174,7 @@ def _job(line: str) -> Job:
         state=state,
         node=node,
         reason=reason,
+        start="" if start == "N/A" else start,
     )
 
 

@@ -47,6 +47,9 @@ class Group:
     ended_ok: bool = False
     waiting: str = ""
     """Slurm's reason while it waits in the queue."""
+    slurm_state: str = ""
+    expected_start: str = ""
+    """When Slurm means to start it, while it waits."""
     signs: list[Sign] = field(default_factory=list)
 
 
@@ -149,7 +152,8 @@ class RunState:
                         Notice(now, f"replica {job.task} requeued by Slurm, waiting ({waiting})")
                     )
                     self._enter(group, GroupState.REQUEUED, now)
-            group.waiting = waiting
+            group.waiting, group.slurm_state = waiting, job.state
+            group.expected_start = job.start if job.state == "PENDING" else ""
         return notices
 
     # -- the lighthouse's view -----------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import re
@@ -17,12 +18,14 @@ from launcher.findings import Finding, Snapshot, judge
 from launcher.lighthouse_log import LighthouseReader, Waiting
 from launcher.model import BlindError
 from launcher.rundir import RunDir
-from launcher.slurm import Job, Slurm
+from launcher.slurm import Job, Node, Slurm
 from launcher.state import Notice, RunState
 from launcher.tail import Tail
 
 #: Seconds between two questions to Slurm.
 ASK_EVERY = 2.0
+#: Seconds between two questions about nodes.
+ASK_NODES_EVERY = 10.0
 #: Seconds for which a fresh event is held back, so that events of several files are folded
 #: in the order in which they happened.
 SETTLE = 0.4
@@ -58,7 +61,9 @@ class Watcher:
         self._logs = logs
         self._job = job
         self._slurm = slurm
-        self._asked = float("-inf")
+        self.nodes: dict[str, Node] = {}
+        """Slurm's nodes by name, as last asked."""
+        self._asked = self._nodes_asked = float("-inf")
         self._side = ThreadPoolExecutor(1, thread_name_prefix="slurm")
         self._answer: Future[list[Job]] | None = None
         self._slurm_problem = ""
@@ -157,13 +162,21 @@ class Watcher:
                 return log.reader.waiting
         return Waiting()
 
+    def _ask_jobs_and_nodes(self, slurm: Slurm, job: int) -> list[Job]:
+        jobs = slurm.jobs(job)
+        if time.monotonic() - self._nodes_asked >= ASK_NODES_EVERY:
+            self._nodes_asked = time.monotonic()
+            with contextlib.suppress(BlindError):
+                self.nodes = {node.name: node for node in slurm.nodes()}
+        return jobs
+
     def _ask(self, *, wait: bool) -> list[Notice]:
         """Slurm's word, asked for on the side: a slow controller must not hold up the logs."""
         if self._slurm is None or self._job is None or self.state.finished:
             return []
         if self._answer is None and time.monotonic() - self._asked >= ASK_EVERY:
             self._asked = time.monotonic()
-            self._answer = self._side.submit(self._slurm.jobs, self._job)
+            self._answer = self._side.submit(self._ask_jobs_and_nodes, self._slurm, self._job)
         notices = []
         if self._answer is not None and (wait or self._answer.done()):
             answer, self._answer = self._answer, None

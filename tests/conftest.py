@@ -59,4 +59,6 @@ class FakeRun:
 
 @pytest.fixture
 def fake_run() -> FakeRun:
-    return FakeRun()
+    run = FakeRun()
+    run.on("sinfo", out="worker-0|mix|none\nworker-1|down*|Not responding\n")
+    return run

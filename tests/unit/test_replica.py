@@ -206,7 +206,7 @@ def test_a_second_run_is_refused_while_the_first_is_in_the_queue(
     folder.claim(50, Slurm(fake_run))
     folder.claim(50, Slurm(fake_run))
     assert not fake_run.calls
-    fake_run.on("squeue", out="50|50|0|PENDING||BeginTime\n")
+    fake_run.on("squeue", out="50|50|0|PENDING||2026-11-20T15:00:00|BeginTime\n")
     with pytest.raises(UsageError, match="already serves run tft-50"):
         folder.claim(60, Slurm(fake_run))
     assert folder.claimed_by() == 50
@@ -214,7 +214,7 @@ def test_a_second_run_is_refused_while_the_first_is_in_the_queue(
     with pytest.raises(BlindError):
         folder.claim(60, Slurm(fake_run))
     assert folder.claimed_by() == 50
-    fake_run.on("squeue", out="50|50|0|COMPLETED||None\n")
+    fake_run.on("squeue", out="50|50|0|COMPLETED||2026-11-20T15:00:00|None\n")
     folder.claim(60, Slurm(fake_run))
     assert folder.claimed_by() == 60
 

@@ -50,6 +50,7 @@ ORDER = [
     "publish",
     "verdict",
     "monitor",
+    "live",
     "packages",
     "sandbox",
     "demo",

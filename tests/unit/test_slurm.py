@@ -11,11 +11,17 @@ SQUEUE = ("squeue", "--noheader", "--array", "--states=all")
 def test_array_tasks_are_parsed(fake_run: FakeRun) -> None:
     fake_run.on(
         *SQUEUE,
-        out="51|50|0|RUNNING|worker-0|None\n50|50|1|PENDING||BeginTime\n7|7|N/A|FAILED|w|x|y\n",
+        out="51|50|0|RUNNING|worker-0|2026-11-20T15:00:00|None\n50|50|1|PENDING||2026-11-20T15:00:00|BeginTime\n7|7|N/A|FAILED|w|2026-11-20T15:00:00|x|y\n",
     )
     jobs = Slurm(fake_run).jobs(50)
     assert jobs[0] == Job(
-        job_id=51, array_job_id=50, task=0, state="RUNNING", node="worker-0", reason="None"
+        job_id=51,
+        array_job_id=50,
+        task=0,
+        state="RUNNING",
+        node="worker-0",
+        reason="None",
+        start="2026-11-20T15:00:00",
     )
     assert jobs[1].task == 1
     assert jobs[1].reason == "BeginTime"

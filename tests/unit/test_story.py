@@ -1,15 +1,19 @@
 """The monitor's story and the verdict, on the logs of a real run that lost a node."""
 
+import io
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from launcher import events, findings
 from launcher.events import Event
 from launcher.findings import Severity, Snapshot
+from launcher.live import view
 from launcher.model import BlindError, CriticalError, GroupState
 from launcher.monitor import SCRIPT, choose, follow, line, once
 from launcher.rundir import Outputs, RunDir
@@ -183,7 +187,7 @@ def test_a_cut_short_run_fails_the_verdict(recorded: list[Event]) -> None:
 
 
 def test_following_ends_with_the_run(run: RunDir, fake_run: FakeRun) -> None:
-    fake_run.on("squeue", out="1|1|0|COMPLETED|w|None\n")
+    fake_run.on("squeue", out="1|1|0|COMPLETED|w|2026-11-20T15:00:00|None\n")
     said: list[str] = []
     follow(run, say=said.append, slurm=Slurm(fake_run))
     assert said[-2].startswith("replica 1  DONE      step   119  attempt 2  failed commits 0")
@@ -200,7 +204,7 @@ def test_a_run_in_the_queue_is_waited_for_and_not_mistaken_for_the_last_one(
     assert chosen.name == "tft-77"
     # A second later Slurm has given up on it.
     monkeypatch.setattr("time.sleep", lambda seconds: fake_run.on("squeue", "--noheader", out=""))
-    fake_run.on("squeue", "--noheader", out="77|77|0|PENDING||Resources\n")
+    fake_run.on("squeue", "--noheader", out="77|77|0|PENDING||2026-11-20T15:00:00|Resources\n")
     said: list[str] = []
     chosen.path.mkdir()
     chosen.log(0, "err").write_text("error: no lighthouse is published: do this\n")
@@ -221,7 +225,7 @@ def test_following_a_run_that_died_is_critical(
 ) -> None:
     monkeypatch.setattr("launcher.monitor.QUIET_SECONDS", 0.0)
     cut_short(run)
-    fake_run.on("squeue", out="1|1|1|FAILED|w|NonZeroExitCode\n")
+    fake_run.on("squeue", out="1|1|1|FAILED|w|2026-11-20T15:00:00|NonZeroExitCode\n")
     with pytest.raises(CriticalError, match="ended before its last step"):
         follow(run, say=lambda text: None, slurm=Slurm(fake_run))
 
@@ -279,3 +283,23 @@ def test_every_recorded_line_of_a_replica_is_an_event() -> None:
         for recorded_line in path.read_bytes().splitlines():
             assert events.parse_replica_event(recorded_line) is not None
             assert json.loads(recorded_line)["host"].startswith("worker-")
+
+
+def test_the_live_view_shows_every_group_and_what_slurm_says(
+    run: RunDir, fake_run: FakeRun
+) -> None:
+    cut_short(run)
+    fake_run.on("squeue", out="1|1|1|PENDING||2026-11-20T14:09:00|BeginTime\n")
+    screen = io.StringIO()
+    with Watcher.of_run(run, Slurm(fake_run)) as watcher:
+        watcher.look(final=True)
+        now = watcher.state.last_event + 5
+        Console(file=screen, width=180).print(view(watcher, run, now))
+    text = screen.getvalue()
+    assert "tft-5183502  quorum 3 (" in text
+    assert "2 of 2  step 119 of 120  loss 5.4061" in text
+    assert re.search(r"0 +DONE +\d+ s +worker-0 +1 +119", text)
+    assert re.search(r"1 +REQUEUED .*worker-1 +2 +\d+", text)
+    assert "PENDING (BeginTime), start expected 14:09:00; node down* (Not responding)" in text
+    assert "INFO waiting_begin_time: replica 1 waits" in text
+    assert "time to recover 17.5 s" in text
