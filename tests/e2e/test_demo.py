@@ -27,11 +27,13 @@ def test_a_lost_node_is_survived_and_the_weights_stay_identical(workspace: Works
     said = workspace.launcher("demo", "--dir", FOLDER, "--steps", "90", timeout=400)
     assert "verdict: RECOVERED" in said
     assert "FAILED" not in said
+    assert re.search(r"^report: outputs/torchft/tft-\d+/report\.html$", said, re.M)
     assert "$ sbatch --parsable --array=0-1 llama3.1-8b-pretraining-torchft.sh" in said
     assert not Path(FOLDER).exists()
     assert not processes_mentioning(FOLDER)
 
     run = workspace.outputs.find(None)
+    assert "trained to the last step" in run.report(".html").read_text()
     events = [
         json.loads(text)
         for replica in (0, 1)
