@@ -174,7 +174,7 @@ PATTERNS = (
     Pattern(
         kind="out_of_memory",
         regex=r"(?P<text>(?:torch\.)?OutOfMemoryError.*|CUDA out of memory.*|.*oom[-_]kill.*|"
-        r"Out Of Memory.*|.*Cannot allocate memory.*)",
+        r"Out Of Memory.*|.*(?:Cannot|can't) allocate memory.*|MemoryError.*)",
         sample="torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
         seen="torch 2.13.0",
     ),
@@ -207,7 +207,7 @@ _COMPILED = [(pattern.kind, re.compile(pattern.regex)) for pattern in PATTERNS]
 _WORTH = re.compile(
     rb"should_commit=|step: |launching replica|^\[\d|reconfiguring for|healing required|"
     rb"Loaded state dict|slurmstepd|kill request|heartbeat to lighthouse|quorum failed|"
-    rb"[Oo]ut ?[Oo]f ?[Mm]emory|oom[-_]kill|allocate memory|Xid|CUDA error|NCCL|nccl|ECC|exitcode|"
+    rb"[Oo]ut ?[Oo]f ?[Mm]emory|oom[-_]kill|allocate memory|MemoryError|Xid|CUDA error|NCCL|nccl|ECC|exitcode|"
     rb"Error|Exception|Interrupt"
 )
 _DECORATION = re.compile(r"^(?:\[[a-z]*\d+\]:)+|\x1b\[[0-9;]*m")

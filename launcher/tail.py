@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 #: Bytes read from one file in one go, so that a large log is taken in pieces.
-CHUNK = 4 << 20
+CHUNK = 256 << 10
 #: A "line" longer than this is dropped: memory is finite. (A quorum of ten thousand
 #: replica groups is a line of some six megabytes.)
 LONGEST_LINE = 64 << 20
@@ -20,8 +20,9 @@ class Tail:
     ``older`` is where the file's writer sets a full one aside: it is read first, once.
     """
 
-    def __init__(self, path: Path, older: Path | None = None) -> None:
+    def __init__(self, path: Path, older: Path | None = None, chunk: int = CHUNK) -> None:
         self.path = path
+        self._chunk = chunk
         self._older = older
         self._file: BinaryIO | None = None
         self._inode = 0
@@ -67,7 +68,7 @@ class Tail:
         inode = -1
         while (now := _inode(path)) not in (None, inode):
             inode = now
-            with Tail(path) as older:
+            with Tail(path, chunk=self._chunk) as older:
                 yield from older.blocks()
 
     def _drain(self) -> Iterator[tuple[int, bytes]]:
@@ -81,7 +82,7 @@ class Tail:
         if size < self._offset + len(self._half):
             self._offset, self._half = 0, b""  # truncated: it starts anew
         self._file.seek(self._offset + len(self._half))
-        while chunk := self._file.read(CHUNK):
+        while chunk := self._file.read(self._chunk):
             end = chunk.rfind(b"\n") + 1
             if not end:
                 self._half += chunk

@@ -26,6 +26,8 @@ from launcher.tail import Tail
 ASK_EVERY = 2.0
 #: Seconds between two questions about nodes.
 ASK_NODES_EVERY = 10.0
+#: Bytes of the lighthouse's log read in one go: its lines are long, its events few.
+LIGHTHOUSE_CHUNK = 4 << 20
 #: Seconds for which a fresh event is held back, so that events of several files are folded
 #: in the order in which they happened.
 SETTLE = 0.4
@@ -120,26 +122,46 @@ class Watcher:
             final: hold nothing back for late lines of other files.
         """
         self.blind = {}
-        for log in self._logs:
+        notices = []
+        # A long past is read in step, always going on with the log that is behind: only what
+        # lies between the foremost and the hindmost is ever held.
+        unread = {id(log): (log, log.tail.blocks()) for log in self._logs}
+        reached = dict.fromkeys(unread, float("-inf"))
+        while unread:
+            behind = min(unread, key=lambda key: reached[key])
+            log, blocks = unread[behind]
             try:
-                for offset, block in log.tail.blocks():
-                    self._hold(log, offset, block)
+                offset, block = next(blocks)
+            except StopIteration:
+                del unread[behind]
+                continue
             except OSError as error:
                 self.blind[str(log.tail.path)] = error.strerror or str(error)
+                del unread[behind]
+                continue
+            reached[behind] = max(reached[behind], self._hold(log, offset, block))
+            notices += self._fold(min(reached[key] for key in unread))
+        notices += self._fold(float("inf") if final else time.time() - SETTLE)
+        return notices + self._ask(wait=final)
+
+    def _hold(self, log: Log, offset: int, block: bytes) -> float:
+        """Put the events of a block in line, in order of time; returns the latest time."""
+        latest = float("-inf")
+        for event in log.reader.read(offset, block):
+            log.events += 1
+            latest = max(latest, event.t)
+            if log.wanted(event):
+                heapq.heappush(self._held, (event.t, next(self._numbers), event))
+        return latest
+
+    def _fold(self, until: float) -> list[Notice]:
+        """Fold in what is in line from before ``until``."""
         notices = []
-        ripe = time.time() - SETTLE
-        while self._held and (final or self._held[0][0] <= ripe):
+        while self._held and self._held[0][0] < until:
             event = heapq.heappop(self._held)[2]
             notices += self.state.apply(event)
             self.on_event(self.state, event)
-        return notices + self._ask(wait=final)
-
-    def _hold(self, log: Log, offset: int, block: bytes) -> None:
-        """Put the events of a block in line, in order of time."""
-        for event in log.reader.read(offset, block):
-            log.events += 1
-            if log.wanted(event):
-                heapq.heappush(self._held, (event.t, next(self._numbers), event))
+        return notices
 
     def findings(self, now: float | None = None) -> list[Finding]:
         """What is wrong; ``now`` defaults to the present."""
@@ -193,7 +215,7 @@ class Watcher:
 
 
 def _lighthouse(path: Path, older: Path | None = None) -> Log:
-    return Log(Tail(path, older), LighthouseReader(path.name), lambda event: True)
+    return Log(Tail(path, older, LIGHTHOUSE_CHUNK), LighthouseReader(path.name), lambda event: True)
 
 
 def _replica_by_name(path: Path) -> int | None:
