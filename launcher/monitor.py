@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 
 from launcher.findings import Finding, Severity
 from launcher.model import BlindError, CriticalError
+from launcher.outlets import Outlets
 from launcher.rundir import RunDir
+from launcher.sinks import Delivery
 from launcher.slurm import Slurm
 from launcher.snapshot import as_data, figures
 from launcher.state import Notice, RunState
@@ -21,10 +23,17 @@ LOOK_EVERY = 0.3
 QUIET_SECONDS = 5.0
 
 
-def follow(run: RunDir, *, say: Callable[[str], None], slurm: Slurm | None = None) -> None:
-    """Print a run's story line by line until it ends.
+def follow(
+    run: RunDir,
+    *,
+    say: Callable[[str], None],
+    slurm: Slurm | None = None,
+    outlets: Outlets | None = None,
+) -> None:
+    """Print a run's story line by line until it ends, and send it to the ``outlets``.
 
     Raises:
+        UsageError: an outlet cannot be opened.
         CriticalError: the run ended without having finished.
         BlindError: at the end, a source could not be read.
     """
@@ -32,22 +41,30 @@ def follow(run: RunDir, *, say: Callable[[str], None], slurm: Slurm | None = Non
         say(
             f"run {run.name}: {watcher.state.group_size} replica groups, {os.path.relpath(run.path)}"
         )
-        for notices in looks(watcher):
-            for notice in notices:
-                say(line(notice))
+        delivery = (outlets or Outlets()).open(run, say=say)
+        try:
+            for notices in looks(watcher, delivery):
+                for notice in notices:
+                    say(line(notice))
+        finally:
+            for text in delivery.close():
+                say(text)
         for text in table(watcher.state):
             say(text)
         conclude(watcher, run)
 
 
-def looks(watcher: Watcher) -> Iterator[list[Notice]]:
+def looks(watcher: Watcher, delivery: Delivery | None = None) -> Iterator[list[Notice]]:
     """Look again and again until the run has ended, with findings told once as they come."""
+    delivery = delivery or Delivery()
     told: dict[str, Finding] = {}
     quiet_since: float | None = None
     while True:
         notices = watcher.look()
-        notices += _news(watcher.findings(), told)
-        yield notices
+        findings = watcher.findings()
+        notices += _news(findings, told)
+        blind = bool(watcher.blind)
+        yield notices + delivery.deliver(watcher.state, notices, findings, blind=blind)
         if watcher.state.finished:
             break
         if watcher.live_tasks != 0:
@@ -57,7 +74,9 @@ def looks(watcher: Watcher) -> Iterator[list[Notice]]:
         elif time.monotonic() - quiet_since > QUIET_SECONDS:
             break
         time.sleep(LOOK_EVERY)
-    yield watcher.look(final=True)
+    notices = watcher.look(final=True)
+    findings, blind = watcher.findings(), bool(watcher.blind)
+    yield notices + delivery.deliver(watcher.state, notices, findings, blind=blind)
 
 
 def _news(findings: list[Finding], told: dict[str, Finding]) -> list[Notice]:
