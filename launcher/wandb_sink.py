@@ -212,10 +212,15 @@ def main() -> None:
         save_code=False,
         x_disable_stats=True,  # the login node's load is nobody's business here
     )
+    late = ""
     try:
         run = wandb.init(**message["init"], settings=settings)
     except (wandb.Error, OSError) as error:
-        sys.exit(f"cannot start: {str(error).splitlines()[0] if str(error) else error!r}")
+        wandb.teardown()  # its service still holds the run that did not start
+        run = wandb.init(**message["init"], settings=settings, mode="offline")
+        late = (
+            f"no contact ({type(error).__name__}): upload with `wandb sync {run.settings.sync_dir}`"
+        )
     for line in sys.stdin:
         message = json.loads(line)
         if "log" in message:
@@ -228,6 +233,9 @@ def main() -> None:
         elif "alert" in message:
             run.alert(**message["alert"])
     run.finish()
+    if late:
+        print(late, file=sys.stderr, flush=True)
+        os._exit(1)  # W&B's exit hook would wait for what it cannot send
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import socketserver
-import struct
 import subprocess
 import sys
 import threading
@@ -35,6 +34,7 @@ from launcher.slurm import Slurm
 from launcher.state import RunState
 from launcher.watcher import Watcher
 from tests.conftest import FIXTURES, REPOSITORY, FakeRun
+from tests.wandb_file import config_of, records
 
 #: Packages of W&B warn of their own future.
 foreign = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -365,27 +365,6 @@ def test_following_with_sinks_that_fail_ends_as_without(
 # -- Weights & Biases --------------------------------------------------------------------
 
 
-def records(path: Path) -> Iterator[Any]:
-    """What a ``.wandb`` file holds: records in LevelDB's log format, in blocks of 32 KiB."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, place, whole = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        length, kind = struct.unpack_from("<HB", data, place + 4)
-        whole += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # a full record, or the last part of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            whole = b""
-            yield record
-
-
 def wandb_environment(**more: str) -> dict[str, str]:
     keep = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return keep | {"PYTHONPATH": str(REPOSITORY)} | more
@@ -410,7 +389,7 @@ def test_the_controllers_run_in_wandb_over_two_monitors(run: RunDir, story: list
         start = next(r.run for r in found if r.HasField("run"))
         assert start.run_id == f"{run.name}-controller-{int(manifest.created)}"
         assert (start.run_group, start.job_type) == (run.name, "controller")
-        config = {item.key: json.loads(item.value_json) for item in start.config.update}
+        config = config_of(found)
         assert config["slurm"]["array_job_id"] == manifest.array_job_id
         assert config["versions"] == manifest.versions
         rows = [
