@@ -7,6 +7,7 @@ costs its own news, which are counted and told once; never a look of the monitor
 from __future__ import annotations
 
 import dataclasses
+import functools
 import queue
 import threading
 import time
@@ -229,22 +230,27 @@ class _Worker:
                 if self._ending.is_set():
                     break
                 continue
-            if not self._guarded(lambda update=update: self._sink.deliver(update)):  # type: ignore[misc]
+            problem = self._guarded(functools.partial(self._sink.deliver, update))
+            if problem:
                 self._failed += 1
-        self._guarded(self._sink.close)
+                self._tell_once("failed", f"failed ({problem}); further failures are only counted")
+        problem = self._guarded(self._sink.close)
+        if problem:
+            self._tell_once("closed", f"did not end well ({problem})")
 
-    def _guarded(self, call: Callable[[], None]) -> bool:
+    def _guarded(self, call: Callable[[], None]) -> str:
+        """What went wrong; empty when nothing did."""
         self._busy_since = time.monotonic()
         try:
             call()
+        except KitError as error:
+            return str(error)
         except Exception as error:  # whatever it is, it is the sink's own affair
-            # The text of a foreign error may hold an address or a key: only its type is told.
-            said = str(error) if isinstance(error, KitError) else type(error).__name__
-            self._tell_once("failed", f"failed ({said}); further failures are only counted")
-            return False
+            # Its text may hold an address or a key.
+            return type(error).__name__
         finally:
             self._busy_since = None
-        return True
+        return ""
 
     def _tell_once(self, key: str, text: str) -> None:
         if key not in self._told:
