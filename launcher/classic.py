@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 
 from launcher import preflight
-from launcher.command import Torchrun, trainer_flags
+from launcher.command import Torchrun, trainer_flags, wandb_flags
 from launcher.config import Site
 from launcher.environment import common_environment
 from launcher.model import UsageError
@@ -34,7 +34,7 @@ def run_classic(env: Mapping[str, str], slurm: Slurm) -> int:
     )
     node = env.get("SLURMD_NODENAME") or os.uname().nodename
     say(f"launching node {node_rank} of {nodes} on {node}")
-    preflight.check(site)
+    training = preflight.check(site)
     folder = site.outputs.absolute() / "classic" / str(job)
     attempt = int(env.get("SLURM_RESTART_COUNT") or "0") + 1
     ranks = folder / "ranks" / f"{node_rank}.{attempt}"
@@ -50,10 +50,12 @@ def run_classic(env: Mapping[str, str], slurm: Slurm) -> int:
     failures = ranks / "failures.json"
     child_env = {
         **common_environment(env, site),
+        "TFT_ATTEMPT": str(attempt),
         "TFT_FAILURES": str(failures),
         "TFT_EVENTS": str(folder / f"node-{node_rank}.events.jsonl"),
     }
-    flags = trainer_flags(site.config, folder, site.extra_args)
+    extra = [*wandb_flags(env, training.settings, site.extra_args), *site.extra_args]
+    flags = trainer_flags(site.config, folder, extra)
     payload = Payload(torchrun.argv(flags), child_env)
     code = payload.run()
     if payload.stopped_by is not None:

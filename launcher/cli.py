@@ -199,10 +199,25 @@ def monitor(
     replica_log: Annotated[
         list[Path] | None, typer.Option(help="Watch bare logs: a replica's; may be repeated.")
     ] = None,
+    events_to: Annotated[
+        Path | None, typer.Option(help="Append every notice and change to it, as JSON lines.")
+    ] = None,
+    prometheus: Annotated[
+        str, typer.Option(metavar="[ADDR:]PORT", help="Serve metrics; default: this machine only.")
+    ] = "",
+    webhook: Annotated[
+        str,
+        typer.Option(
+            envvar="TFT_WEBHOOK",
+            show_default=False,
+            help="Address that takes losses, recoveries and alarms. A secret: prefer the variable.",
+        ),
+    ] = "",
 ) -> None:
     """Follow a run: quorum changes, losses, recoveries, and the end."""
     from launcher import monitor
     from launcher.model import UsageError
+    from launcher.outlets import Outlets
     from launcher.rundir import Outputs
     from launcher.slurm import Slurm
     from launcher.watcher import Watcher
@@ -215,18 +230,23 @@ def monitor(
         raise UsageError("--json needs --once")
     if bare and not once:
         raise UsageError("bare logs are read in one pass: add --once")
+    if once and (events_to or prometheus):
+        raise UsageError("--events-to and --prometheus are for following: leave --once out")
     slurm = Slurm()
     if bare:
         watcher = Watcher.of_files(lighthouse_log, replica_log or [])
     else:
         chosen = monitor.choose(Outputs(outputs.absolute()), run or None, slurm)
         if not once:
+            outlets = Outlets(
+                events_to=events_to, prometheus=prometheus, webhook=webhook, env=os.environ
+            )
             if sys.stdout.isatty():
                 from launcher.live import follow_live
 
-                follow_live(chosen, slurm)
+                follow_live(chosen, slurm, outlets)
             else:
-                monitor.follow(chosen, say=_say, slurm=slurm)
+                monitor.follow(chosen, say=_say, slurm=slurm, outlets=outlets)
             return
         watcher = Watcher.of_run(chosen, slurm)
     with watcher:
@@ -249,6 +269,21 @@ def report(
     from launcher.rundir import Outputs
 
     _say(str(publish(Outputs(outputs.absolute()).find(run or None), shape, output)))
+
+
+@app.command()
+def dashboard(
+    run: Annotated[str, typer.Argument(help="Run name; default: every run, grouped.")] = "",
+    entity: Annotated[str, typer.Option(help="W&B user or team; default: WANDB_ENTITY.")] = "",
+    project: Annotated[str, typer.Option(help="W&B project; default: WANDB_PROJECT.")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the workspace as JSON; needs no network.")
+    ] = False,
+) -> None:
+    """Make a Weights & Biases workspace: training, quorum, incidents, replica groups."""
+    from launcher.dashboard import run_dashboard
+
+    run_dashboard(run, entity=entity, project=project, dry_run=dry_run, env=os.environ, say=_say)
 
 
 @sandbox_app.command("up")

@@ -7,9 +7,12 @@ For the versions pinned in ``requirements.txt`` (torchtitan 0.2.2: TOML files an
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from launcher.environment import wandb_switch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,3 +78,16 @@ def replica_flags(
         f"--fault_tolerance.group_size={group_size}",
         *extra,
     ]
+
+
+def wandb_flags(
+    env: Mapping[str, str], settings: Mapping[str, Any], extra: Sequence[str]
+) -> list[str]:
+    """W&B is on when the environment has a key (or offline mode), and neither the config
+    file nor a flag says anything about it."""
+    metrics = settings.get("metrics", {})
+    told = isinstance(metrics, Mapping) and "enable_wandb" in metrics
+    told = told or any(
+        flag.startswith("--metrics.") and "enable_wandb" in flag.replace("-", "_") for flag in extra
+    )
+    return ["--metrics.enable_wandb"] if wandb_switch(env) and not told else []

@@ -89,6 +89,11 @@ VARIABLES = (
         meaning="a step lasts at least this long (demos and drills on fast machines)",
     ),
     Variable(
+        name="TFT_WEBHOOK",
+        default="",
+        meaning="secret address to which the monitor posts losses, recoveries and alarms",
+    ),
+    Variable(
         name="TORCHFT_LIGHTHOUSE",
         default="${what `lighthouse up` published}",
         meaning="lighthouse address, e.g. `http://login-0:29510`",

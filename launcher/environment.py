@@ -50,10 +50,33 @@ def replica_environment(
     }
     # One W&B run a replica group, in one W&B group a run, continued over requeues.
     env.setdefault("WANDB_RUN_GROUP", manifest.run)
-    env.setdefault("WANDB_RUN_ID", f"{manifest.run}-{task.replica}-{int(manifest.created)}")
+    env.setdefault("WANDB_RUN_ID", wandb_run_id(manifest, task.replica))
     env.setdefault("WANDB_NAME", f"{manifest.run} replica {task.replica}")
     env.setdefault("WANDB_RESUME", "allow")
+    env.setdefault("WANDB_JOB_TYPE", "replica")
+    env.setdefault("WANDB_TAGS", f"torchft,{manifest.run}")
+    env.setdefault("WANDB_DIR", str(run.path))
     return env
+
+
+def wandb_run_id(manifest: Manifest, part: int | str) -> str:
+    """The same over requeues and restarts; another one when Slurm counts its jobs anew."""
+    return f"{manifest.run}-{part}-{int(manifest.created)}"
+
+
+def wandb_project(env: Mapping[str, str]) -> str:
+    """The project to which torchtitan logs."""
+    return env.get("WANDB_PROJECT") or "torchtitan"
+
+
+def wandb_switch(env: Mapping[str, str]) -> bool | None:
+    """Whether the environment alone turns W&B on or off; None when it says neither."""
+    mode = env.get("WANDB_MODE", "").lower()
+    if mode == "disabled" or env.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
+        return False
+    if mode in ("offline", "dryrun") or env.get("WANDB_API_KEY"):
+        return True
+    return None
 
 
 def common_environment(base: Mapping[str, str], site: Site) -> dict[str, str]:
@@ -64,6 +87,9 @@ def common_environment(base: Mapping[str, str], site: Site) -> dict[str, str]:
     if site.interface:
         env.setdefault("NCCL_SOCKET_IFNAME", site.interface)
         env.setdefault("GLOO_SOCKET_IFNAME", site.interface)
+    # An outage of W&B costs its plots, and this many seconds at the start and at the end.
+    env.setdefault("WANDB_INIT_TIMEOUT", "30")
+    env.setdefault("WANDB_FINISH_TIMEOUT", "30")
     if site.device == "cpu":
         # torchrun's own default for several ranks, said here to spare its warning.
         env.setdefault("OMP_NUM_THREADS", "1")

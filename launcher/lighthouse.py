@@ -26,6 +26,8 @@ from launcher.slurm import Slurm
 
 #: Seconds after which a left-over claim lock is taken to be a dead process's.
 STALE_LOCK = 90.0
+#: Seconds that the lighthouse's status page may take.
+STATUS_SECONDS = 3.0
 #: Age of a heartbeat, in seconds, up to which its sender counts as alive.
 FRESH_SECONDS = 2.0
 #: Seconds that the tasks of a cancelled run get to end before their lighthouse is refused.
@@ -247,7 +249,7 @@ def refuse_strangers(url: str) -> None:
         UsageError: somebody's replica groups send heartbeats to it.
     """
     try:
-        with urllib.request.urlopen(f"{url}/status", timeout=3.0) as answer:  # noqa: S310
+        with urllib.request.urlopen(f"{url}/status", timeout=STATUS_SECONDS) as answer:  # noqa: S310
             page = answer.read(1 << 20).decode(errors="replace")
     except (OSError, ValueError):
         return  # it accepts connections (checked before), and says nothing of its members

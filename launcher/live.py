@@ -12,6 +12,7 @@ from rich.text import Text
 from launcher.findings import Finding, Severity
 from launcher.model import GroupState
 from launcher.monitor import await_start, conclude, figure_lines, line, looks
+from launcher.outlets import Outlets
 from launcher.rundir import RunDir
 from launcher.slurm import Slurm
 from launcher.state import RunState
@@ -33,18 +34,24 @@ _STYLE = {
 _SEVERITY = {Severity.CRITICAL: "bold red", Severity.WARNING: "yellow", Severity.INFO: "dim"}
 
 
-def follow_live(run: RunDir, slurm: Slurm, console: Console | None = None) -> None:
+def follow_live(
+    run: RunDir, slurm: Slurm, outlets: Outlets, console: Console | None = None
+) -> None:
     """Show a run until it ends; its story scrolls by above a table that stays.
 
     Raises:
+        UsageError: an outlet cannot be opened.
         CriticalError: the run ended without having finished, or did not start.
         BlindError: at the end, a source could not be read.
     """
     console = console or Console(highlight=False, markup=False)
     await_start(run, say=console.print, slurm=slurm)
     with Watcher.of_run(run, slurm) as watcher:
-        with Live(console=console, auto_refresh=False, transient=True) as live:
-            for notices in looks(watcher):
+        with (
+            outlets.delivering(run, say=console.print) as delivery,
+            Live(console=console, auto_refresh=False, transient=True) as live,
+        ):
+            for notices in looks(watcher, delivery):
                 for notice in notices:
                     console.print(line(notice))
                 live.update(view(watcher, run, time.time()), refresh=True)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from launcher.findings import Finding, Severity
 from launcher.model import BlindError, CriticalError
+from launcher.outlets import Outlets
 from launcher.rundir import Outputs, RunDir
+from launcher.sinks import Delivery
 from launcher.slurm import Slurm
 from launcher.snapshot import as_data, figures
 from launcher.state import Notice, RunState
@@ -68,10 +70,13 @@ def await_start(run: RunDir, *, say: Callable[[str], None], slurm: Slurm) -> Non
         time.sleep(1.0)
 
 
-def follow(run: RunDir, *, say: Callable[[str], None], slurm: Slurm) -> None:
-    """Print a run's story line by line until it ends.
+def follow(
+    run: RunDir, *, say: Callable[[str], None], slurm: Slurm, outlets: Outlets | None = None
+) -> None:
+    """Print a run's story line by line until it ends, and send it to the ``outlets``.
 
     Raises:
+        UsageError: an outlet cannot be opened.
         CriticalError: the run ended without having finished, or did not start.
         BlindError: at the end, a source could not be read.
     """
@@ -80,14 +85,15 @@ def follow(run: RunDir, *, say: Callable[[str], None], slurm: Slurm) -> None:
         size = watcher.state.group_size
         say(f"run {run.name}: {size} replica groups, {os.path.relpath(run.path)}")
         spoke = time.monotonic()
-        for notices in looks(watcher):
-            for notice in notices:
-                say(line(notice))
-            if notices:
-                spoke = time.monotonic()
-            elif time.monotonic() - spoke > PROGRESS_EVERY:
-                say(line(Notice(time.time(), progress(watcher.state))))
-                spoke = time.monotonic()
+        with (outlets or Outlets()).delivering(run, say=say) as delivery:
+            for notices in looks(watcher, delivery):
+                for notice in notices:
+                    say(line(notice))
+                if notices:
+                    spoke = time.monotonic()
+                elif time.monotonic() - spoke > PROGRESS_EVERY:
+                    say(line(Notice(time.time(), progress(watcher.state))))
+                    spoke = time.monotonic()
         for text in [*table(watcher.state), *figure_lines(watcher.state)]:
             say(text)
         conclude(watcher, run)
@@ -102,14 +108,17 @@ def progress(state: RunState) -> str:
     return f"… step {state.step}{of}{loss}, {size}"
 
 
-def looks(watcher: Watcher) -> Iterator[list[Notice]]:
+def looks(watcher: Watcher, delivery: Delivery | None = None) -> Iterator[list[Notice]]:
     """Look again and again until the run has ended, with findings told once as they come."""
+    delivery = delivery or Delivery()
     told: dict[str, Finding] = {}
     quiet_since: float | None = None
     while True:
         notices = watcher.look()
-        notices += _news(watcher.findings(), told)
-        yield notices
+        findings = watcher.findings()
+        notices += _news(findings, told)
+        blind = bool(watcher.blind)
+        yield notices + delivery.deliver(watcher.state, notices, findings, blind=blind)
         if watcher.state.finished:
             break
         if watcher.live_tasks != 0:
@@ -119,7 +128,9 @@ def looks(watcher: Watcher) -> Iterator[list[Notice]]:
         elif time.monotonic() - quiet_since > QUIET_SECONDS:
             break
         time.sleep(LOOK_EVERY)
-    yield watcher.look(final=True)
+    notices = watcher.look(final=True)
+    findings, blind = watcher.findings(), bool(watcher.blind)
+    yield notices + delivery.deliver(watcher.state, notices, findings, blind=blind)
 
 
 def _news(findings: list[Finding], told: dict[str, Finding]) -> list[Notice]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 
 from launcher import lighthouse, preflight
-from launcher.command import Torchrun, replica_flags
+from launcher.command import Torchrun, replica_flags, wandb_flags
 from launcher.config import Site
 from launcher.environment import Task, replica_environment
 from launcher.model import UsageError
@@ -78,7 +78,7 @@ def _train(env: Mapping[str, str], site: Site, manifest: Manifest, run: RunDir, 
     flags = replica_flags(
         manifest.config,
         run.path,
-        manifest.extra_args,
+        [*wandb_flags(env, manifest.settings, manifest.extra_args), *manifest.extra_args],
         replica=task.replica,
         group_size=manifest.group_size,
     )

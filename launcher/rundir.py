@@ -69,6 +69,11 @@ class RunDir:
     def lighthouse_log(self) -> Path:
         return self.path / "lighthouse.log"
 
+    @property
+    def controller_lock(self) -> Path:
+        """Held by the one monitor that logs to W&B."""
+        return self.path / ".controller.lock"
+
     def log(self, replica: int, stream: str) -> Path:
         """Text log of a replica group; ``stream`` is ``"out"`` or ``"err"``."""
         return self.path / f"{self.name}_{replica}.{stream}"

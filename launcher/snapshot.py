@@ -26,7 +26,7 @@ def as_data(state: RunState, findings: Sequence[Finding]) -> dict[str, Any]:
             }
             for group in sorted(state.groups.values(), key=lambda group: group.replica)
         ],
-        "incidents": [_incident(incident) for incident in state.incidents],
+        "incidents": [incident_as_data(incident) for incident in state.incidents],
         "findings": [
             {
                 "kind": finding.kind,
@@ -39,7 +39,8 @@ def as_data(state: RunState, findings: Sequence[Finding]) -> dict[str, Any]:
     }
 
 
-def _incident(incident: Incident) -> dict[str, Any]:
+def incident_as_data(incident: Incident) -> dict[str, Any]:
+    """One incident as it stands in that object."""
     return {
         "replica": incident.replica,
         "kind": incident.kind,

@@ -25,7 +25,7 @@ def _utc(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith(("TFT_", "SLURM_", "TORCHFT_", "SBATCH_")):
+        if name.startswith(("TFT_", "SLURM_", "TORCHFT_", "SBATCH_", "WANDB_")):
             monkeypatch.delenv(name)
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch.distributed import ReduceOp
 from torchtitan.components.ft import FTManager
-from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.utils import device_type
 
+from launcher.train import tracking
 from launcher.train.recorder import Recorder
 
 
@@ -26,6 +27,12 @@ class ReplicaMetricsProcessor(MetricsProcessor):
 
     ft_manager: FTManager | None = None
     recorder: Recorder | None = None
+
+    def __init__(
+        self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None
+    ) -> None:
+        super().__init__(job_config, parallel_dims, tag)
+        self.logger: BaseLogger = tracking.guard(self.logger)
 
     def log(
         self,

@@ -305,6 +305,100 @@ class TestDevice:
             device.prepare("tpu")
 
 
+class BrokenWandb:
+    """W&B whose service has died."""
+
+    run = None
+
+    def log(self, *args: Any, **more: Any) -> None:
+        raise BrokenPipeError("the service is gone")
+
+
+class TestWandb:
+    """Upstream guards only the start of W&B; a later error of it ends the rank."""
+
+    def broken(self) -> Any:
+        from torchtitan.components.metrics import LoggerContainer, WandBLogger
+
+        inner = WandBLogger.__new__(WandBLogger)
+        inner.wandb, inner.tag = BrokenWandb(), None
+        container = LoggerContainer()
+        container.add_logger(inner)
+        return container
+
+    def test_upstream_is_wrong(self) -> None:
+        with pytest.raises(BrokenPipeError):
+            self.broken().log({"loss": 1.0}, 1)
+
+    def test_corrected(self, caplog: pytest.LogCaptureFixture) -> None:
+        from torchtitan.tools.logging import logger
+
+        from launcher.train.tracking import guard
+
+        logger.addHandler(caplog.handler)
+        container = guard(self.broken())
+        container.log({"loss": 1.0}, 1)
+        container.log({"loss": 1.0}, 2)
+        container.close()
+        logger.removeHandler(caplog.handler)
+        assert caplog.text.count("W&B lacks data from here on") == 1
+
+    def test_a_requeued_replica_goes_on_in_its_run(self, tmp_path: Path) -> None:
+        """Two starts of one replica group, W&B offline, read back from its files."""
+        import json
+        import os
+        import subprocess
+        import sys
+
+        from tests.conftest import REPOSITORY
+        from tests.wandb_file import config_of, records
+
+        program = (
+            "import sys\nfrom launcher.train import device\ndevice.prepare('cpu')\n"
+            "from torchtitan.components.metrics import LoggerContainer, WandBLogger\n"
+            "from torchtitan.config import JobConfig\n"
+            "from launcher.train.tracking import guard\n"
+            "loggers = LoggerContainer()\n"
+            "loggers.add_logger(WandBLogger(sys.argv[1], JobConfig()))\n"
+            "guard(loggers).log({'loss_metrics/global_avg_loss': 5.0}, int(sys.argv[2]))\n"
+            "loggers.close()\n"
+        )
+        for attempt in (1, 2):
+            folder = tmp_path / str(attempt)
+            env = {
+                **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+                "WANDB_MODE": "offline",
+                "WANDB_SILENT": "true",
+                "WANDB_RUN_ID": "tft-5-1-0",
+                "WANDB_RUN_GROUP": "tft-5",
+                "WANDB_JOB_TYPE": "replica",
+                "WANDB_TAGS": "a,b",
+                "SLURM_ARRAY_JOB_ID": "5",
+                "SLURMD_NODENAME": f"worker-{attempt}",
+                "TFT_ATTEMPT": str(attempt),
+                "WANDB_RESUME": "allow",
+            }
+            argv = [sys.executable, "-c", program, str(folder), str(attempt * 10)]
+            subprocess.run(argv, env=env, cwd=REPOSITORY, timeout=100, check=True)
+            (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+            found = list(records(path))
+            start = next(r.run for r in found if r.HasField("run"))
+            assert (start.run_id, start.run_group, start.job_type) == (
+                ("tft-5-1-0", "tft-5", "replica")
+            )
+            assert list(start.tags) == ["a", "b"]
+            config = config_of(found)
+            assert config["slurm"] == {
+                "array_job": "5",
+                "node": f"worker-{attempt}",
+                "attempt": str(attempt),
+            }
+            assert config["model"]["name"] == "llama3"
+            row = next(r.history.item for r in found if r.HasField("history"))
+            values = {(*i.nested_key, i.key)[0]: json.loads(i.value_json) for i in row}
+            assert (values["_step"], values["loss_metrics/global_avg_loss"]) == (attempt * 10, 5.0)
+
+
 class TestRecorder:
     def test_a_full_disk_costs_events_and_not_steps(self, caplog: pytest.LogCaptureFixture) -> None:
         from launcher.train.recorder import Recorder

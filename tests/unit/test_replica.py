@@ -56,6 +56,7 @@ def listening() -> Iterator[str]:
 def env(hostile: Path, listening: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """A complete place to start a replica group in, at a hostile path."""
     monkeypatch.chdir(hostile)
+    monkeypatch.setattr(lighthouse, "STATUS_SECONDS", 0.05)  # nothing answers in these tests
     Path("config.toml").write_text(CONFIG)
     Path("tokenizer").mkdir()
     Path("tokenizer/tokenizer.json").write_text("{}")
@@ -194,6 +195,30 @@ def test_settings_by_hand_win_and_the_interface_reaches_both_backends() -> None:
     assert (env["NCCL_SOCKET_IFNAME"], env["GLOO_SOCKET_IFNAME"]) == ("ib0", "eth0")
     again = replica_environment(base, site, manifest, run, Task(replica=1, attempt=2, node="x"))
     assert env["WANDB_RUN_ID"] == again["WANDB_RUN_ID"]
+    assert {name: value for name, value in env.items() if name.startswith("WANDB_")} == {
+        "WANDB_RUN_GROUP": "tft-5",
+        "WANDB_RUN_ID": "tft-5-1-0",
+        "WANDB_NAME": "tft-5 replica 1",
+        "WANDB_RESUME": "allow",
+        "WANDB_JOB_TYPE": "replica",
+        "WANDB_TAGS": "torchft,tft-5",
+        "WANDB_DIR": "/o/torchft/tft-5",
+        "WANDB_INIT_TIMEOUT": "30",
+        "WANDB_FINISH_TIMEOUT": "30",
+    }
+
+
+def test_wandb_is_on_where_there_is_a_key(
+    env: dict[str, str], torchrun: list[Payload], fake_run: FakeRun
+) -> None:
+    assert run_replica(env | {"WANDB_API_KEY": "k"}, Slurm(fake_run)) == 0
+    fake_run.on("squeue", out="")  # the first run has left the queue
+    told = env | {"WANDB_API_KEY": "k", "TFT_EXTRA_ARGS": "--metrics.no-enable-wandb"}
+    assert run_replica(told | {"SLURM_ARRAY_JOB_ID": "51"}, Slurm(fake_run)) == 0
+    first, second = torchrun
+    assert first._argv[-1] == "--metrics.enable_wandb"
+    assert second._argv[-1] == "--metrics.no-enable-wandb"
+    assert "--metrics.enable_wandb" not in second._argv
 
 
 # -- one lighthouse, one run ----------------------------------------------------------
