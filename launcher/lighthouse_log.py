@@ -170,6 +170,32 @@ class LighthouseReader:
         found.append((position, Event(t=t, kind=kind, fields=fields, source=source)))
 
 
+def compact(log: bytes) -> bytes:
+    """What of a lighthouse's log (whole lines) says something new.
+
+    That is a small part: a quorum is announced at every step, and changes with a loss or a
+    return. A ``LighthouseReader`` finds the same events in it, whatever follows.
+    """
+    kept = [UTC_MARK] if log.startswith(UTC_MARK) else []
+    quorum_id, after, position = b"", 0, 0
+    for position in _positions(log, b"!"):
+        if not log.startswith(_QUORUM, position - _MARK):
+            continue
+        start = position - _MARK + len(_QUORUM)
+        end = log.find(b"\n", start) + 1
+        found = log[start : log.find(b",", start, start + 24)]
+        restarted = log.rfind(_LISTENING, after, position)
+        if found != quorum_id or restarted >= 0:
+            kept.append(log[after:end])  # and what led to it: requests, statuses, failures
+        quorum_id, after = found, end
+    # The newest quorum, and what has happened since: the next file goes on from there.
+    newest = log.rfind(b"\n", 0, max(0, after - 1)) + 1
+    if after and not (kept and kept[-1].endswith(log[newest:after])):
+        kept.append(log[newest:after])
+    kept.append(log[after:])
+    return b"".join(kept)
+
+
 def _failed_ids(block: bytes, position: int) -> list[str]:
     end = block.find(b"]", position)
     return block[position + len(_FAILURES) : end].decode(errors="replace").split(", ")

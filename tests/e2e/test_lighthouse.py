@@ -15,8 +15,10 @@ import pytest
 
 from launcher.capped_log import CappedLog
 from launcher.lighthouse import LighthouseDir, alive, answers
-from launcher.lighthouse_log import UTC_MARK
+from launcher.lighthouse_log import UTC_MARK, LighthouseReader
 from launcher.rundir import Outputs
+from launcher.tail import Tail
+from tests.conftest import FIXTURES
 from tests.e2e.conftest import Workspace, eventually
 
 
@@ -132,21 +134,49 @@ def test_ctrl_c_in_the_foreground(workspace: Workspace, port: str) -> None:
     assert (process.returncode, out) == (0, "lighthouse down\n")
 
 
-def test_the_log_follows_the_run_and_stays_small(tmp_path: Path) -> None:
+def test_the_log_follows_the_run(tmp_path: Path) -> None:
     outputs = Outputs(tmp_path)
     paths = [outputs.torchft / "idle.log", outputs.run_of_array(5).lighthouse_log]
     current = [paths[0]]
-    log = CappedLog(lambda: current[0], limit=1000)
+    log = CappedLog(lambda: current[0])
     log.write(b"before\n")
     eventually(lambda: paths[0].exists(), 5, "the first line is written")
     current[0] = paths[1]
-    for number in range(200):
-        log.write(b"line %03d\n" % number)
+    log.write(b"after\n")
     log.close()
     assert paths[0].read_bytes() == UTC_MARK + b"before\n"
-    old, new = paths[1].with_name("lighthouse.log.1"), paths[1]
-    assert old.stat().st_size <= 1010
-    assert (old.read_bytes() + new.read_bytes()).endswith(b"line 199\n")
+    assert paths[1].read_bytes() == UTC_MARK + b"after\n"
+
+
+def test_the_log_stays_small_and_the_monitor_misses_nothing(tmp_path: Path) -> None:
+    """A log that is set aside many times, watched from the start and read at the end."""
+    data = (FIXTURES / "node-down" / "lighthouse.log").read_bytes()
+    path = tmp_path / "lighthouse.log"
+    log = CappedLog(lambda: path, limit=10_000)
+    older = path.with_name("lighthouse.log.1")
+
+    def events(tail: Tail, reader: LighthouseReader) -> list[tuple[str, object]]:
+        return [
+            (event.kind, event.get("quorum_id"))
+            for offset, block in tail.blocks()
+            for event in reader.read(offset, block)
+        ]
+
+    seen: list[tuple[str, object]] = []
+    reader = LighthouseReader("l")
+    with Tail(path, older) as tail:
+        for number, line in enumerate(data.splitlines(keepends=True)):
+            log.write(line)
+            if number % 50 == 0:
+                seen += events(tail, reader)
+        log.close()
+        seen += events(tail, reader)
+    with Tail(path, older) as late:
+        afterwards = events(late, LighthouseReader("l"))
+    assert [quorum for _, quorum in afterwards] == [1, 2, 3]
+    assert [quorum for _, quorum in seen] == [1, 2, 3]
+    assert path.stat().st_size < 12_000
+    assert older.stat().st_size < len(data) / 3
 
 
 def test_a_full_disk_never_blocks_the_lighthouse() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.events import PATTERNS, Event, ReplicaLogReader
-from launcher.lighthouse_log import UTC_MARK, LighthouseReader
+from launcher.lighthouse_log import UTC_MARK, LighthouseReader, compact
 from launcher.snapshot import as_data
 from launcher.state import RunState
 from launcher.watcher import Watcher
@@ -80,6 +80,22 @@ def test_however_the_lighthouse_log_is_cut_it_says_the_same(scene: Path) -> None
     for seed in range(8):
         assert lighthouse_events(cut(data, random.Random(seed))) == whole
     assert lighthouse_events(data.splitlines(keepends=True)) == whole
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda path: path.name)
+def test_a_compacted_log_says_the_same_and_is_small(scene: Path) -> None:
+    data = (scene / "lighthouse.log").read_bytes()
+    chances = random.Random(7)
+    ends = [i + 1 for i, byte in enumerate(data) if byte == 10]
+    for end in [ends[-1], *chances.sample(ends, 12)]:
+        first, rest = data[:end], data[end:]
+        small = compact(first)
+        expected = [(e.t, e.kind, e.fields) for e in lighthouse_events([first, rest])]
+        got = [(e.t, e.kind, e.fields) for e in lighthouse_events([small, rest])]
+        assert got == expected
+        again = compact(small) + rest  # a file that is compacted twice
+        assert [(e.t, e.kind, e.fields) for e in lighthouse_events([again])] == expected
+    assert len(compact(data)) < len(data) / 4
 
 
 def test_lines_of_older_versions_too() -> None:
