@@ -95,12 +95,16 @@ class Watcher:
     def of_files(cls, lighthouse_log: Path | None, replica_logs: Sequence[Path]) -> Watcher:
         """Watch bare log files, of a run of anybody's."""
         logs = [_lighthouse(lighthouse_log)] if lighthouse_log is not None else []
-        logs += [
-            Log(Tail(path), ReplicaEventReader(path.name), lambda event: True)
-            if path.suffix == ".jsonl"
-            else _text(path, _replica_by_name(path), lambda event: True)
-            for path in replica_logs
-        ]
+        structured = [path for path in replica_logs if path.suffix == ".jsonl"]
+        told = {_replica_by_name(path.with_suffix("")) for path in structured} - {None}
+        for path in replica_logs:
+            if path in structured:
+                logs.append(Log(Tail(path), ReplicaEventReader(path.name), lambda event: True))
+                continue
+            replica = _replica_by_name(path)
+            # What a group's structured events tell is not told again by its text log.
+            news = (lambda e: e.kind in TEXT_ONLY_KINDS) if replica in told else (lambda e: True)
+            logs.append(_text(path, replica, news))
         return cls(logs, RunState(0), job=None, slurm=None)
 
     def __enter__(self) -> Watcher:

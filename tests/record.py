@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import urllib.error
@@ -34,8 +35,9 @@ from tests.conftest import FIXTURES, REPOSITORY
 
 PORT = 29650
 URL = f"http://127.0.0.1:{PORT}"
-#: Makes a rank's Python hang on SIGUSR1, as a deadlock would: its heartbeats go on.
-HANG = "import signal, time\nsignal.signal(signal.SIGUSR1, lambda *a: time.sleep(600))\n"
+#: Read by every Python of a scene: a rank hangs on SIGUSR1, as in a deadlock; its heartbeats
+#: go on.
+HOOKS = "import signal, time\nsignal.signal(signal.SIGUSR1, lambda *a: time.sleep(600))\n"
 
 
 class Scene:
@@ -149,12 +151,6 @@ def hang(scene: Scene) -> None:
     scene.bring_back(1)
 
 
-def out_of_memory(scene: Scene) -> None:
-    rank = scene.rank(1)
-    rank.rlimit(psutil.RLIMIT_AS, (rank.memory_info().vms + (1 << 20), psutil.RLIM_INFINITY))
-    scene.bring_back(1)
-
-
 def node_down(scene: Scene) -> None:
     node = scene.state.groups[1].host
     scene.sh("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=drill")
@@ -181,7 +177,6 @@ SCENES: dict[str, tuple[Callable[[Scene], None], int, int]] = {
     "kill-request": (kill_request, 110, 2),
     "stop": (stop, 80, 2),
     "hang": (hang, 110, 2),
-    "out-of-memory": (out_of_memory, 110, 2),
     "lighthouse-killed": (lighthouse_killed, 60, 2),
     "three-replicas": (node_down, 110, 3),
 }
@@ -192,14 +187,16 @@ def keep(run: RunDir, scene: str) -> None:
     folder = FIXTURES / scene
     folder.mkdir(exist_ok=True)
     for path in [run.manifest_path, run.lighthouse_log, *sorted(run.path.glob(f"{run.name}_*.*"))]:
-        text = path.read_text(errors="replace").replace(f"{REPOSITORY}/", "")
+        text = path.read_text(errors="replace")
+        for place in (sys.prefix, str(REPOSITORY), sysconfig.get_path("stdlib")):
+            text = text.replace(f"{place}/", "")
         (folder / path.name).write_text(text)
 
 
 def main(names: list[str]) -> None:
     sandbox = Sandbox(Path(f"/run/tft-record-{os.getpid()}"))
     with tempfile.TemporaryDirectory() as hook:
-        Path(hook, "sitecustomize.py").write_text(HANG)
+        Path(hook, "sitecustomize.py").write_text(HOOKS)
         env = {
             **os.environ,
             **sandbox.environment(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import tempfile
@@ -149,9 +150,42 @@ def test_any_bytes_among_real_lines_give_no_crash(noise: bytes, position: int) -
 
 
 def replica_logs(scene: Path) -> list[Path]:
-    return sorted(
-        path for path in scene.iterdir() if path.name not in ("lighthouse.log", "run.json")
-    )
+    """Structured events, and the text logs beside them where they were kept."""
+    return sorted(path for path in scene.iterdir() if path.name.startswith("tft-"))
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda path: path.name)
+def test_each_recorded_failure_is_understood(scene: Path) -> None:
+    """What really happened in the scene is in ``expected.json``, written by hand."""
+    expected = json.loads((scene / "expected.json").read_text())
+    with Watcher.of_files(scene / "lighthouse.log", replica_logs(scene)) as watcher:
+        watcher.look(final=True)
+        data = as_data(watcher.state, watcher.findings(watcher.state.last_event))
+    assert len(data["incidents"]) == len(expected)
+    for incident, told in zip(data["incidents"], expected, strict=True):
+        assert incident["replica"] == told["replica"]
+        assert incident["cause"].startswith(told["cause"])
+        assert (incident["recovered_at"] is not None) is told["recovered"]
+        assert incident["steps_lost"] == told["steps_lost"]
+    assert {replica["state"] for replica in data["replicas"]} == {"DONE"}
+    assert not watcher.state.weights.differences
+    assert watcher.state.weights.compared > 20
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda path: path.name)
+def test_text_logs_alone_tell_the_same_incidents(scene: Path) -> None:
+    """As of a run whose groups write no structured events: anybody's."""
+    texts = [path for path in replica_logs(scene) if path.suffix in (".out", ".err")]
+    if not texts:
+        pytest.skip("recorded without text logs")
+    expected = json.loads((scene / "expected.json").read_text())
+    with Watcher.of_files(scene / "lighthouse.log", texts) as watcher:
+        watcher.look(final=True)
+        incidents = as_data(watcher.state, [])["incidents"]
+    got = [(i["replica"], i["recovered_at"] is not None, i["steps_lost"]) for i in incidents]
+    assert got == [(e["replica"], e["recovered"], e["steps_lost"]) for e in expected]
+    for incident, told in zip(incidents, expected, strict=True):
+        assert incident["cause"].startswith(told["cause"].partition(":")[0])
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda path: path.name)
