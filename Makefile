@@ -12,7 +12,7 @@ BIN := .env/bin
 setup: .env/.installed
 
 .env/.installed: requirements.txt
-	$(PYTHON) -m venv .env
+	$(PYTHON) -m venv .env || { apt-get update -q && apt-get install -y -q python3-venv && $(PYTHON) -m venv .env; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
