@@ -122,7 +122,7 @@ class RunState:
             return self._membership(event)
         if event.kind == "listening":
             self.lighthouse_starts += 1
-            if self.lighthouse_starts > 1:
+            if self.lighthouse_starts > 1 or self.quorum_id:
                 return [Notice(event.t, "the lighthouse was started again")]
         if event.kind in ("heartbeat_failed", "quorum_failed"):
             self.lighthouse_errors.append(event.t)
