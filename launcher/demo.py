@@ -142,7 +142,9 @@ class Demo:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         binaries = Path(sys.executable).parent
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TFT_", "SLURM_"))}
+        inherited = {
+            k: v for k, v in os.environ.items() if not k.startswith(("TFT_", "SLURM_", "WANDB_"))
+        }
         return {
             **inherited,
             "PATH": f"{binaries}:{inherited.get('PATH', '')}",
