@@ -22,7 +22,7 @@ class Torchrun:
     ranks_per_node: int
     log_dir: Path
     """Where torchrun keeps the full output of every rank."""
-    node_address: str = ""
+    node_address: str
     nodes: int = 1
     node_rank: int = 0
     master: str = ""
@@ -38,14 +38,13 @@ class Torchrun:
                 f"--master-addr={host}",
                 f"--master-port={port}",
             ]
-        if self.node_address:
-            meeting.append(f"--local-addr={self.node_address}")
         return [
             sys.executable,
             "-m",
             "launcher.train.torchrun",
             f"--nnodes={self.nodes}",
             *meeting,
+            f"--local-addr={self.node_address}",
             f"--nproc-per-node={self.ranks_per_node}",
             "--role=rank",
             # The console shows rank 0 alone; every rank's output is kept under log_dir.

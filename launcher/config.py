@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,7 @@ class Site:
     extra_args: tuple[str, ...]
     interface: str
     node_address: str
-    """Empty: torchrun finds it."""
+    """Address of this node for the others."""
     lighthouse: str
     """URL set by hand; empty: the published one."""
 
@@ -218,7 +219,8 @@ class Site:
             device=device,
             extra_args=extra,
             interface=env.get("TFT_INTERFACE", ""),
-            node_address=env.get("TFT_NODE_ADDRESS", ""),
+            # Said always: torchrun's own choice for a single node is "localhost".
+            node_address=env.get("TFT_NODE_ADDRESS") or socket.gethostname(),
             lighthouse=lighthouse.rstrip("/"),
         )
 

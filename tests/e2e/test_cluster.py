@@ -52,7 +52,13 @@ def test_one_rank_a_group_stays_identical_and_a_killed_rank_is_never_silent(
     cluster: Workspace, sandbox: Sandbox
 ) -> None:
     """Shard degree 1: without the gradient hook the groups would drift apart at once."""
-    cluster = cluster.having({"TFT_RANKS_PER_NODE": "1", "TFT_EXTRA_ARGS": "--training.steps 5000"})
+    cluster = cluster.having(
+        {
+            "TFT_RANKS_PER_NODE": "1",
+            "TFT_EXTRA_ARGS": "--training.steps 5000",
+            "TFT_NODE_ADDRESS": "",
+        }
+    )
     job = int(cluster.sh("sbatch", "--parsable", "--array=0-1", SCRIPT))
     run = cluster.outputs.run_of_array(job)
     eventually(run.manifest_path.is_file, 30, "the run starts")
