@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.findings import Finding
+from launcher.groups import Group
 from launcher.history import History
 from launcher.incidents import Incident
 from launcher.model import GroupState
 from launcher.rundir import Manifest
 from launcher.snapshot import as_data, figures, iso
-from launcher.state import Group, RunState
+from launcher.state import RunState
 
 #: Incidents in a report, the newest; the JSON has all.
 MOST_INCIDENTS = 200

@@ -54,6 +54,8 @@ REPLICA_KINDS = frozenset(
         "error",
         "end",
         "exit",
+        "gpu",
+        "xid",
     ]
 )
 

@@ -20,6 +20,10 @@ STORM_STARTS, STORM_SECONDS = 3, 600.0
 BAD_NODE_LOSSES, BAD_NODE_SECONDS = 3, 1800.0
 #: Seconds during which a failed contact with the lighthouse counts as its absence.
 LIGHTHOUSE_SECONDS = 15.0
+#: Seconds for which an Xid error counts as present.
+XID_SECONDS = 600.0
+#: Degrees Celsius above the median of its node that make a GPU hot.
+HOTTER = 12
 #: Lines of a log without one event in them that mean its format is not understood.
 STRANGE_LINES = 500
 
@@ -240,7 +244,50 @@ def _lighthouse(snapshot: Snapshot) -> Iterator[Finding]:
         )
 
 
+def _gpus(snapshot: Snapshot) -> Iterator[Finding]:
+    for group in snapshot.state.groups.values():
+        where = f"of {group.host} (replica {group.replica})"
+        drain = f"`scontrol update NodeName={group.host} State=DRAIN`"
+        for t, gpu, xid in list(group.xids)[-1:]:
+            if snapshot.now - t < XID_SECONDS:
+                yield Finding(
+                    kind="gpu_xid",
+                    severity=Severity.CRITICAL,
+                    replica=group.replica,
+                    message=f"the driver reported Xid {xid} on GPU {gpu} {where}: look it up in "
+                    f"NVIDIA's list of Xid errors; if it comes again, {drain}",
+                )
+        warm = sorted(s["celsius"] for s in group.gpus.values() if s.get("celsius") is not None)
+        usual = warm[len(warm) // 2] if len(warm) > 2 else None
+        for gpu, sample in group.gpus.items():
+            new = int(sample.get("ecc") or 0) - group.ecc_before.get(gpu, 0)
+            if new > 0:
+                yield Finding(
+                    kind="gpu_ecc",
+                    severity=Severity.CRITICAL,
+                    replica=group.replica,
+                    message=f"{new} uncorrected memory errors on GPU {gpu} {where}: {drain}",
+                )
+            if sample.get("slowed"):
+                yield Finding(
+                    kind="gpu_throttled",
+                    severity=Severity.WARNING,
+                    replica=group.replica,
+                    message=f"GPU {gpu} {where} runs slower than it could "
+                    f"({', '.join(sample['slowed'])}): every replica group waits for it",
+                )
+            if usual is not None and (sample.get("celsius") or 0) >= usual + HOTTER:
+                yield Finding(
+                    kind="gpu_hot",
+                    severity=Severity.WARNING,
+                    replica=group.replica,
+                    message=f"GPU {gpu} {where} has {sample['celsius']} degrees, its peers {usual}: "
+                    "check its cooling before it throttles",
+                )
+
+
 RULES: tuple[Rule, ...] = (
+    _gpus,
     _blind,
     _strange_logs,
     _second_copy,

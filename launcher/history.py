@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 from launcher.events import Event
+from launcher.groups import Group
 from launcher.model import GroupState
-from launcher.state import Group, RunState
+from launcher.state import RunState
 
 #: Changes kept for one replica group, and of the quorum's size.
 MOST_CHANGES = 2000

@@ -121,6 +121,8 @@ def sign_of(event: Event) -> Sign | None:
         return _sign(event, 8, Cause.KILL_REQUEST, text)
     if event.kind == "out_of_memory":
         return _sign(event, 7, Cause.OUT_OF_MEMORY, text)
+    if event.kind == "xid":
+        return _sign(event, 7, Cause.CRASH, f"Xid {event.get('xid')} on GPU {event.get('gpu')}")
     if event.kind == "device_error":
         return _sign(event, 7, Cause.CRASH, text)
     if event.kind == "exit" and int(event.get("code", 1)) != 0:

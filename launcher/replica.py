@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
 
 from launcher import lighthouse, preflight
 from launcher.command import Torchrun, replica_flags, wandb_flags
 from launcher.config import Site
 from launcher.environment import Task, replica_environment
+from launcher.gpus import GpuSampler
 from launcher.model import UsageError
 from launcher.payload import Payload, complain, say, why
 from launcher.rundir import Manifest, Outputs, RunDir, create_once
@@ -84,7 +87,11 @@ def _train(env: Mapping[str, str], site: Site, manifest: Manifest, run: RunDir, 
     )
     _note(run, task, "launch")
     payload = Payload(torchrun.argv(flags), replica_environment(env, site, manifest, run, task))
-    code = payload.run()
+    watching = (
+        GpuSampler(partial(_note, run, task)) if site.device == "cuda" else contextlib.nullcontext()
+    )
+    with watching:
+        code = payload.run()
     name = f"replica {task.replica} (attempt {task.attempt}) on {task.node}"
     if payload.stopped_by is not None:
         reason = f"stopped by {payload.stopped_by.name}"

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from launcher.findings import Finding
+from launcher.groups import Group
 from launcher.incidents import Incident
 from launcher.model import KitError
 from launcher.snapshot import figures
-from launcher.state import Group, Notice, RunState
+from launcher.state import Notice, RunState
 
 #: Updates that may wait for one sink; further ones are dropped and counted.
 QUEUE = 256

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from launcher.events import Event
+from launcher.groups import Group
 from launcher.incidents import SIGN_WINDOW, Incident, Sign, hang_sign, same_process_sign, sign_of
 from launcher.model import GroupState
 from launcher.slurm import Job
@@ -19,38 +20,6 @@ from launcher.weights import WeightLedger
 HANG_SECONDS = 8.0
 #: Incidents kept; older ones are only counted.
 MOST_INCIDENTS = 2000
-
-
-@dataclass(slots=True, kw_only=True)
-class Group:
-    """One replica group."""
-
-    replica: int
-    state: GroupState = GroupState.PENDING
-    since: float = 0.0
-    """When it came into this state, Unix seconds."""
-    attempt: int = 0
-    host: str = ""
-    step: int = 0
-    """Manager's step: commits, counted over the whole run."""
-    commits: int = 0
-    failed_commits: int = 0
-    last_commit: float | None = None
-    longest_pause: float = 0.0
-    """Longest time between two commits of one attempt, seconds."""
-    loss: float | None = None
-    tokens_per_second: float | None = None
-    step_seconds: float | None = None
-    """Moving mean of the time between two commits."""
-    uuid: str = ""
-    failed_since_commit: int = 0
-    ended_ok: bool = False
-    waiting: str = ""
-    """Slurm's reason while it waits in the queue."""
-    slurm_state: str = ""
-    expected_start: str = ""
-    """When Slurm means to start it, while it waits."""
-    signs: list[Sign] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +228,7 @@ class RunState:
         group.attempt = int(event.get("attempt", 1))
         group.host = str(event.get("host", ""))
         group.last_commit, group.ended_ok = None, False
+        group.gpus, group.ecc_before = {}, {}
         self._enter(group, GroupState.STARTING, event.t)
         incident = self.open_incident(group.replica)
         if incident is None and group.attempt > 1 and group.signs:
@@ -351,6 +321,18 @@ class RunState:
         speed = event.get("tokens_per_second")
         group.tokens_per_second = float(speed) if isinstance(speed, int | float) else None
         return ()
+
+    def _gpu(self, group: Group, event: Event) -> Iterable[Notice]:
+        index = int(event.get("gpu", -1))
+        if 0 <= index < 64:
+            group.gpus[index] = dict(event.fields)
+            group.ecc_before.setdefault(index, int(event.get("ecc") or 0))
+        return ()
+
+    def _xid(self, group: Group, event: Event) -> Iterable[Notice]:
+        gpu, xid = int(event.get("gpu", -1)), int(event.get("xid", 0))
+        group.xids.append((event.t, gpu, xid))
+        yield Notice(event.t, f"Xid {xid} on GPU {gpu} of {group.host} (replica {group.replica})")
 
     def _weights(self, group: Group, event: Event) -> Iterable[Notice]:
         step, rank = int(event.get("step", -1)), int(event.get("rank", -1))
