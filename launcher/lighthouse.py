@@ -107,6 +107,12 @@ class LighthouseDir:
         except (KeyError, TypeError, ValueError) as error:
             raise KitError(f"{self._claim} is not a claim: delete it ({error!r})") from error
 
+    def release(self, array_job_id: int) -> None:
+        """Give up the claim of a run that did not start after all."""
+        with contextlib.suppress(KitError):
+            if self.claimed_by() == array_job_id:
+                self._claim.unlink(missing_ok=True)
+
     def release_if_ended(self, slurm: Slurm) -> None:
         """Forget the run served last, when Slurm says that it has ended."""
         with contextlib.suppress(KitError):

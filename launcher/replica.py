@@ -40,9 +40,14 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
     url = lighthouse.discover(outputs, site.lighthouse)
     lighthouse.require_answer(url, patience=LIGHTHOUSE_PATIENCE)
     run = outputs.run_of_array(array_id)
+    folder = lighthouse.LighthouseDir.of(outputs, url)
+    folder.claim(array_id, slurm)
     if not run.manifest_path.exists():
-        lighthouse.refuse_strangers(url)
-    lighthouse.LighthouseDir.of(outputs, url).claim(array_id, slurm)
+        try:
+            lighthouse.refuse_strangers(url)
+        except UsageError:
+            folder.release(array_id)
+            raise
     manifest = run.create(
         Manifest(
             run=run.name,

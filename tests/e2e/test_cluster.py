@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from launcher.rundir import Outputs
 from launcher.sandbox import Sandbox
 from launcher.watcher import Watcher
 from tests.e2e.conftest import Workspace, eventually
@@ -76,6 +77,14 @@ def test_one_rank_a_group_stays_identical_and_a_killed_rank_is_never_silent(
             refused = cluster.outputs.run_of_array(other).log(0, "err").read_text()
             assert final_state(sandbox, other) == "FAILED"
             assert f"already serves run tft-{job}" in refused
+            # Also one of another clone, which knows nothing of our files: by our heartbeats.
+            settings = {"TFT_OUTPUTS": "elsewhere", "TORCHFT_LIGHTHOUSE": "http://127.0.0.1:29613"}
+            stranger = int(
+                cluster.having(settings).sh("sbatch", "--parsable", "--array=0-0", SCRIPT)
+            )
+            eventually(lambda: final_state(sandbox, stranger), 30, "the stranger is refused")
+            elsewhere = Outputs(cluster.root / "elsewhere").run_of_array(stranger)
+            assert "torchtitan_ft_1 send heartbeats" in elsewhere.log(0, "err").read_text()
 
             told = map(json.loads, run.events(1).read_text().splitlines())
             pid = next(event["pid"] for event in told if event["kind"] == "start")
