@@ -24,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"max_content_width": 120},
 )
 lighthouse_app = typer.Typer(no_args_is_help=True, help="The lighthouse on the login node.")
 sandbox_app = typer.Typer(no_args_is_help=True, help="A real Slurm on this one machine, as root.")

@@ -241,12 +241,14 @@ class Demo:
 
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[None]:
-    """Make TERM and HUP end the demo as Ctrl-C does: through the clean-up."""
+    """Make TERM and HUP end the demo as Ctrl-C does: through the clean-up. (Ctrl-C too: a
+    shell that starts it in the background has it ignored.)"""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    previous = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:

@@ -69,6 +69,10 @@ def test_a_lost_node_is_survived_and_the_weights_stay_identical(workspace: Works
     assert "RECOVERED" in workspace.launcher("monitor", "--once")
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("seconds", [0.4, 3.0, 14.0])
 def test_ctrl_c_leaves_nothing_behind(workspace: Workspace, seconds: float) -> None:
@@ -81,6 +85,8 @@ def test_ctrl_c_leaves_nothing_behind(workspace: Workspace, seconds: float) -> N
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # As on a terminal, also where these tests run in the background with it ignored.
+        preexec_fn=_heed_interrupts,
     )
     try:
         time.sleep(seconds)
