@@ -191,8 +191,11 @@ class Demo:
                 for notice in watcher.look():
                     self._tell(notice.text, notice.t)
                 self._say_progress(watcher)
-                if watcher.live_tasks == 0 and not condition():
-                    watcher.look()
+                if watcher.live_tasks == 0:
+                    # Slurm may know of the end before its last lines have been read.
+                    time.sleep(1.0)
+                    for notice in watcher.look(final=True):
+                        self._tell(notice.text, notice.t)
                     if not condition():
                         raise CriticalError(
                             f"no task is left in Slurm's queue (waiting for: {stage}); see the "

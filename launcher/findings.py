@@ -171,8 +171,9 @@ def _weights(snapshot: Snapshot) -> Iterator[Finding]:
         yield Finding(
             kind="weights_differ",
             severity=Severity.CRITICAL,
-            message=f"weights differ between replica groups since step {step} (rank {rank}): stop, "
-            "and start again from a checkpoint before that step",
+            message=f"weights differ between replica groups since step {step} (rank {rank}), at "
+            f"{ledger.differences} of {ledger.compared} compared pairs: stop, and start again from a "
+            "checkpoint before that step",
         )
 
 

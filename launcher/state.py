@@ -336,7 +336,9 @@ class RunState:
 
     def _weights(self, group: Group, event: Event) -> Iterable[Notice]:
         step, rank = int(event.get("step", -1)), int(event.get("rank", -1))
-        if self.weights.add(group.replica, step, rank, str(event.get("hash"))):
+        differs = self.weights.add(group.replica, step, rank, str(event.get("hash")))
+        if differs and self.weights.differences == 1:
+            # From then on they differ at every step; the finding stays, and counts them.
             yield Notice(
                 event.t, f"WEIGHTS DIFFER between replica groups at step {step}, rank {rank}"
             )
