@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.sandbox import Sandbox
 from tests.e2e.conftest import Workspace, eventually, processes_mentioning
 
 pytestmark = [
@@ -95,6 +96,7 @@ def test_ctrl_c_leaves_nothing_behind(workspace: Workspace, seconds: float) -> N
     finally:
         process.kill()
         process.wait()
+        left = Sandbox(Path(FOLDER)).down()  # a failure here must not stay for other tests
     assert process.returncode == 130, out
-    assert not Path(FOLDER).exists()
+    assert not left
     eventually(lambda: not processes_mentioning(FOLDER), 10, "every process of the demo ends")
