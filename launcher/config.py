@@ -137,7 +137,6 @@ VARIABLES = (
 )
 
 DEFAULT_CONFIG = "configs/llama3.1-8b.toml"
-DEFAULT_PORT = 29510
 DEFAULT_RANKS = 8
 
 #: What torchtitan flags can never be set by hand: the launcher decides them.
@@ -227,7 +226,7 @@ class Site:
 
 def _misspelled(env: Mapping[str, str]) -> list[str]:
     known = [variable.name for variable in VARIABLES if variable.name.startswith("TFT_")]
-    internal = {"TFT_EVENTS", "TFT_ATTEMPT", "TFT_FAILURES", "TFT_FINISHED", "TFT_SANDBOX"}
+    internal = {"TFT_EVENTS", "TFT_ATTEMPT", "TFT_FAILURES", "TFT_FINISHED"}
     found = []
     for name in env:
         if name.startswith("TFT_") and name not in known and name not in internal:

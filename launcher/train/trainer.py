@@ -49,6 +49,7 @@ class ReplicaTrainer(ft_train.FTTrainer):
         self._hash_every = self._hash_every or job_config.metrics.log_freq
         self._pace = float(os.environ.get("TFT_MIN_STEP_SECONDS") or "0")
         self._timeout_reduced = False
+        self._hashed_step = -1
         self._may_be_too_late = int(os.environ.get("TFT_ATTEMPT") or "1") > 1
         spec.adapt(job_config)
         data.register()
@@ -102,7 +103,7 @@ class ReplicaTrainer(ft_train.FTTrainer):
         commits too)."""
         manager = self._manager
         step = self.step if manager is None else manager.current_step()
-        if step % self._hash_every == 0 and step != getattr(self, "_hashed_step", None):
+        if step % self._hash_every == 0 and step != self._hashed_step:
             self._hashed_step = step
             try:
                 self._recorder.record("weights", step=step, hash=weight_hash(self.model_parts))
