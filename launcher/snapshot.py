@@ -73,7 +73,7 @@ def figures(state: RunState, now: float | None = None) -> dict[str, float | None
     detect = [i.detected_at - i.first_sign for i in state.incidents if i.detected_at is not None]
     recover = [i.recovered_at - i.lost_at for i in state.incidents if i.recovered_at is not None]
     member_seconds, seconds = state.member_seconds, state.seconds_full + state.seconds_below_full
-    if state.quorum_since is not None and seconds:
+    if state.quorum_since is not None and state.members:
         end = state.last_event if now is None or state.finished else now
         more = max(0.0, end - state.quorum_since)
         member_seconds, seconds = member_seconds + more * len(state.members), seconds + more

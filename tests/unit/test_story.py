@@ -134,6 +134,15 @@ def without(story: list[Event], *kinds: str) -> list[Event]:
     return [event for event in story if event.kind not in kinds]
 
 
+def test_a_run_that_lost_nothing_participated_in_full() -> None:
+    scene = FIXTURES / "lighthouse-killed"
+    logs = sorted(scene.glob("*.events.jsonl"))
+    with Watcher.of_files(scene / "lighthouse.log", logs) as watcher:
+        watcher.look(final=True)
+        assert figures(watcher.state)["participation"] == 1.0
+    assert figures(RunState(2))["participation"] is None
+
+
 def test_one_different_weight_fails_the_verdict(recorded: list[Event]) -> None:
     last = max(i for i, e in enumerate(recorded) if e.kind == "weights" and e.replica == 1)
     bad = dict(recorded[last].fields) | {"hash": "0" * 16}
