@@ -28,7 +28,7 @@ lint: .env/.installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck -x *.sh slurm/*.sh .ci/run
+	$(BIN)/shellcheck -x *.sh slurm/*.s* .ci/run
 
 unit: .env/.installed-for-tests
 	$(BIN)/python -m pytest tests/unit

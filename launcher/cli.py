@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher import drill_cli, lighthouse_cli
+from launcher.lighthouse_cli import OUTPUTS, OutputsOption, say
 from launcher.model import KitError, ReportFormat
 
 if TYPE_CHECKING:
-    from launcher.lighthouse import LighthouseDir
     from launcher.slurm import Slurm
 
 app = typer.Typer(
@@ -26,119 +28,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"max_content_width": 120},
 )
-lighthouse_app = typer.Typer(no_args_is_help=True, help="The lighthouse on the login node.")
 sandbox_app = typer.Typer(no_args_is_help=True, help="A real Slurm on this one machine, as root.")
-app.add_typer(lighthouse_app, name="lighthouse")
+app.add_typer(lighthouse_cli.app, name="lighthouse")
+app.add_typer(drill_cli.app, name="drill")
 app.add_typer(sandbox_app, name="sandbox")
 
-OutputsOption = Annotated[
-    Path, typer.Option("--outputs", envvar="TFT_OUTPUTS", help="Where runs write.")
-]
-PortOption = Annotated[
-    int, typer.Option("--port", envvar="TFT_LIGHTHOUSE_PORT", min=1, max=65535, help="Its port.")
-]
-HostOption = Annotated[
-    str,
-    typer.Option(
-        "--host",
-        envvar="TFT_LIGHTHOUSE_HOST",
-        help="Address published to the nodes; default: this machine's host name.",
-    ),
-]
 FolderOption = Annotated[Path, typer.Option("--dir", help="The sandbox's own folder.")]
-OUTPUTS = Path("outputs")
+NodeArgument = Annotated[str, typer.Argument(metavar="NODE", help="For example worker-1.")]
 SANDBOX = Path("/run/tft-sandbox")
-
-
-@lighthouse_app.command("up")
-def lighthouse_up(
-    outputs: OutputsOption = OUTPUTS,
-    host: HostOption = "",
-    port: PortOption = 29510,
-    bind: Annotated[str, typer.Option(help="Address to listen on; default: every interface.")] = "",
-    min_replicas: Annotated[
-        int, typer.Option(min=1, help="Replica groups below which nobody trains.")
-    ] = 1,
-    heartbeat_timeout_ms: Annotated[
-        int, typer.Option(min=200, help="Silence after which a replica group counts as lost.")
-    ] = 2000,
-    join_timeout_ms: Annotated[
-        int, typer.Option(min=100, help="How long a quorum waits for a group that is coming up.")
-    ] = 10_000,
-    quorum_tick_ms: Annotated[int, typer.Option(min=10, help="How often it decides.")] = 100,
-    detach: Annotated[bool, typer.Option("--detach", help="Run in the background.")] = False,
-) -> None:
-    """Start the lighthouse and publish its address; Ctrl-C or `down` ends it."""
-    import socket
-
-    from launcher.lighthouse import LighthouseDir
-    from launcher.rundir import Outputs
-    from launcher.slurm import Slurm
-    from launcher.supervisor import LighthouseSettings, Supervisor, start_detached
-
-    if not bind and host in ("127.0.0.1", "localhost", "::1"):
-        bind = host  # nobody but this machine is meant to reach it
-    settings = LighthouseSettings(
-        host=host or socket.gethostname(),
-        port=port,
-        bind=bind,
-        min_replicas=min_replicas,
-        heartbeat_timeout_ms=heartbeat_timeout_ms,
-        join_timeout_ms=join_timeout_ms,
-        quorum_tick_ms=quorum_tick_ms,
-    )
-    place = Outputs(outputs.absolute())
-    LighthouseDir.of(place, settings.url).release_if_ended(Slurm())
-    if not detach:
-        Supervisor(settings, place, say=_say).run()
-        return
-    argv = [sys.executable, "-m", "launcher", *(a for a in sys.argv[1:] if a != "--detach")]
-    address = start_detached(argv, LighthouseDir.of(place, settings.url))
-    _say(f"lighthouse up at {address.url} (pid {address.pid})")
-
-
-@lighthouse_app.command("down")
-def lighthouse_down(
-    outputs: OutputsOption = OUTPUTS, host: HostOption = "", port: PortOption = 29510
-) -> None:
-    """End the lighthouse that `up` started on this machine."""
-    from launcher.supervisor import stop
-
-    folder = _lighthouse_folder(outputs, host, port)
-    _say("lighthouse down" if stop(folder) else f"no lighthouse is up at {folder.label}")
-
-
-@lighthouse_app.command("status")
-def lighthouse_status(
-    outputs: OutputsOption = OUTPUTS, host: HostOption = "", port: PortOption = 29510
-) -> None:
-    """Say whether the lighthouse is up, answers, and which run it serves; exit 1 when not."""
-    from launcher.lighthouse import answers
-
-    folder = _lighthouse_folder(outputs, host, port)
-    address = folder.address()
-    if address is None:
-        _say(f"no lighthouse is up at {folder.label}")
-        raise typer.Exit(1)
-    problem = answers(address.url)
-    run = folder.claimed_by()
-    _say(
-        f"lighthouse {address.url} (pid {address.pid} on {address.host}, {address.user}): "
-        + ("answers" if problem is None else f"does not answer: {problem}")
-        + (f"; claimed by run tft-{run}" if run is not None else "; serves no run yet")
-    )
-    if problem is not None:
-        raise typer.Exit(1)
-
-
-def _lighthouse_folder(outputs: Path, host: str, port: int) -> LighthouseDir:
-    import socket
-
-    from launcher.lighthouse import LighthouseDir
-    from launcher.rundir import Outputs
-
-    url = f"http://{host or socket.gethostname()}:{port}"
-    return LighthouseDir.of(Outputs(outputs.absolute()), url)
 
 
 @app.command(hidden=True)
@@ -181,9 +78,9 @@ def assets(
 
     if debug:
         place, built = assets.debug(OUTPUTS)
-        _say(f"debug corpus and tokenizer {'built' if built else 'are there'}: {place}")
+        say(f"debug corpus and tokenizer {'built' if built else 'are there'}: {place}")
     else:
-        _say(f"tokenizer of {assets.REPOSITORY}: {assets.tokenizer(OUTPUTS)}")
+        say(f"tokenizer of {assets.REPOSITORY}: {assets.tokenizer(OUTPUTS)}")
 
 
 @app.command()
@@ -206,12 +103,21 @@ def monitor(
     prometheus: Annotated[
         str, typer.Option(metavar="[ADDR:]PORT", help="Serve metrics; default: this machine only.")
     ] = "",
+    act: Annotated[
+        bool,
+        typer.Option(
+            "--act",
+            help="Also do what the run needs: cut Slurm's delays, requeue, restart hung groups. "
+            "The lighthouse's supervisor does this anyway.",
+        ),
+    ] = False,
+    with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True)] = False,
     webhook: Annotated[
         str,
         typer.Option(
             envvar="TFT_WEBHOOK",
             show_default=False,
-            help="Address that takes losses, recoveries and alarms. A secret: prefer the variable.",
+            help="Address that takes losses, recoveries, alarms and an early end. A secret: prefer the variable.",
         ),
     ] = "",
 ) -> None:
@@ -227,10 +133,16 @@ def monitor(
     for path in bare:
         if not path.is_file():
             raise UsageError(f"{path} is not a file")
+    if with_parent:
+        from launcher.parentage import die_with_parent
+
+        die_with_parent(signal.SIGTERM)
     if as_json and not once:
         raise UsageError("--json needs --once")
     if bare and not once:
         raise UsageError("bare logs are read in one pass: add --once")
+    if once and act:
+        raise UsageError("--act is for following: leave --once out")
     if once and (events_to or prometheus):
         raise UsageError("--events-to and --prometheus are for following: leave --once out")
     slurm = Slurm()
@@ -242,16 +154,21 @@ def monitor(
             outlets = Outlets(
                 events_to=events_to, prometheus=prometheus, webhook=webhook, env=os.environ
             )
-            if sys.stdout.isatty():
+            if act:
+                from launcher.guardian import Guardian
+
+                with Guardian.of(chosen, slurm) as guardian:
+                    monitor.follow(chosen, say=say, slurm=slurm, outlets=outlets, act=guardian.tend)
+            elif sys.stdout.isatty():
                 from launcher.live import follow_live
 
                 follow_live(chosen, slurm, outlets)
             else:
-                monitor.follow(chosen, say=_say, slurm=slurm, outlets=outlets)
+                monitor.follow(chosen, say=say, slurm=slurm, outlets=outlets)
             return
         watcher = Watcher.of_run(chosen, slurm)
     with watcher:
-        raise typer.Exit(monitor.once(watcher, say=_say, as_json=as_json))
+        raise typer.Exit(monitor.once(watcher, say=say, as_json=as_json))
 
 
 @app.command()
@@ -269,7 +186,7 @@ def report(
     from launcher.publish import publish
     from launcher.rundir import Outputs
 
-    _say(str(publish(Outputs(outputs.absolute()).find(run or None), shape, output)))
+    say(str(publish(Outputs(outputs.absolute()).find(run or None), shape, output)))
 
 
 @app.command()
@@ -284,22 +201,26 @@ def dashboard(
     """Make a Weights & Biases workspace: training, quorum, incidents, replica groups."""
     from launcher.dashboard import run_dashboard
 
-    run_dashboard(run, entity=entity, project=project, dry_run=dry_run, env=os.environ, say=_say)
+    run_dashboard(run, entity=entity, project=project, dry_run=dry_run, env=os.environ, say=say)
 
 
 @sandbox_app.command("up")
 def sandbox_up(
     nodes: Annotated[int, typer.Option(min=1, max=64, help="How many nodes.")] = 3,
+    network: Annotated[
+        bool,
+        typer.Option("--network", help="Give every node a network of its own, that can be cut."),
+    ] = False,
     folder: FolderOption = SANDBOX,
 ) -> None:
     """Start Slurm with nodes worker-0…, 8 (pretended) GPUs and 128 CPUs each."""
     from launcher.sandbox import Sandbox
 
     sandbox = Sandbox(folder)
-    started = sandbox.up(nodes)
+    started = sandbox.up(nodes, network=network)
     is_up = "up" if started else "is already up"
-    _say(f"sandbox {is_up}: {nodes} nodes in {folder}. To use it in a shell:")
-    _say(_exports(sandbox.environment()))
+    say(f"sandbox {is_up}: {nodes} nodes in {folder}. To use it in a shell:")
+    say(_exports(sandbox.environment()))
 
 
 @sandbox_app.command("down")
@@ -307,7 +228,7 @@ def sandbox_down(folder: FolderOption = SANDBOX) -> None:
     """End every process of the sandbox and remove its folder."""
     from launcher.sandbox import Sandbox
 
-    _say("sandbox down" if Sandbox(folder).down() else f"no sandbox in {folder}")
+    say("sandbox down" if Sandbox(folder).down() else f"no sandbox in {folder}")
 
 
 @sandbox_app.command("status")
@@ -317,11 +238,47 @@ def sandbox_status(folder: FolderOption = SANDBOX) -> None:
 
     sandbox = Sandbox(folder)
     if not sandbox.running():
-        _say(f"no sandbox is up in {folder}")
+        say(f"no sandbox is up in {folder}")
         raise typer.Exit(1)
     for node in sandbox.slurm().nodes():
-        _say(f"{node.name}  {node.state}  {'' if node.reason == 'none' else node.reason}".rstrip())
-    _say(_exports(sandbox.environment()))
+        say(f"{node.name}  {node.state}  {'' if node.reason == 'none' else node.reason}".rstrip())
+    say(_exports(sandbox.environment()))
+
+
+@sandbox_app.command("cut")
+def sandbox_cut(node: NodeArgument, folder: FolderOption = SANDBOX) -> None:
+    """Cut a node off the network, as if its cable were pulled (of `up --network`)."""
+    from launcher.sandbox import Sandbox
+
+    Sandbox(folder).cut(node)
+    say(f"{node} is cut off the network; `sandbox heal {node}` connects it again")
+
+
+@sandbox_app.command("heal")
+def sandbox_heal(node: NodeArgument, folder: FolderOption = SANDBOX) -> None:
+    """Connect a node that was cut off again."""
+    from launcher.sandbox import Sandbox
+
+    Sandbox(folder).heal(node)
+    say(f"{node} is connected to the network")
+
+
+@sandbox_app.command("crash")
+def sandbox_crash(node: NodeArgument, folder: FolderOption = SANDBOX) -> None:
+    """Kill every process of a node at once, its slurmd too, as if its power were cut."""
+    from launcher.sandbox import Sandbox
+
+    Sandbox(folder).crash(node)
+    say(f"every process of {node} is killed; `sandbox restart {node}` starts its slurmd again")
+
+
+@sandbox_app.command("restart")
+def sandbox_restart(node: NodeArgument, folder: FolderOption = SANDBOX) -> None:
+    """Start slurmd of a node that has crashed again."""
+    from launcher.sandbox import Sandbox
+
+    Sandbox(folder).restart(node)
+    say(f"{node} runs")
 
 
 @sandbox_app.command("install")
@@ -343,15 +300,11 @@ def demo(
     """Lose a node and train on: the README's steps on a sandbox, with a verdict."""
     from launcher.demo import run_demo
 
-    raise typer.Exit(run_demo(outputs, folder, steps, say=_say))
+    raise typer.Exit(run_demo(outputs, folder, steps, say=say))
 
 
 def _exports(environment: dict[str, str]) -> str:
     return "export " + " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.model import UsageError
+from launcher.restarts import Limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,22 @@ VARIABLES = (
     Variable(
         name="TFT_LIGHTHOUSE_PORT",
         default="29510",
-        meaning="port of the lighthouse",
+        meaning="port of the lighthouse; its processes use the eight after it",
+    ),
+    Variable(
+        name="TFT_LIGHTHOUSE_NAME",
+        default="<host>-<port>",
+        meaning="name under which runs find the lighthouse, also after it has moved",
+    ),
+    Variable(
+        name="TFT_TIMEOUTS",
+        default="default",
+        meaning="`default` or `fast`: how soon the lighthouse gives a silent replica group up",
+    ),
+    Variable(
+        name="TFT_LIGHTHOUSE_BIND",
+        default="",
+        meaning="address that the lighthouse listens on; default: every interface",
     ),
     Variable(
         name="TFT_WEIGHT_HASH_EVERY",
@@ -90,9 +106,34 @@ VARIABLES = (
         meaning="a step lasts at least this long (demos and drills on fast machines)",
     ),
     Variable(
+        name="TFT_SPARES",
+        default="0",
+        meaning="how many of the array's tasks stand ready to take a lost replica group's place",
+    ),
+    Variable(
+        name="TFT_RELAY",
+        default="1",
+        meaning="0: managers talk to the lighthouse itself, and die with it or when it moves",
+    ),
+    Variable(
+        name="TFT_RESTARTS",
+        default="3",
+        meaning="restarts of a crashed replica group in place, on one node in 10 minutes; 0: none",
+    ),
+    Variable(
+        name="TFT_REQUEUES",
+        default="10",
+        meaning="requeues of a replica group in an hour that commits no step; 0: it ends instead",
+    ),
+    Variable(
+        name="TFT_DRILLS",
+        default="0",
+        meaning="1: ranks take the signals of the drills `hang` and `oom`",
+    ),
+    Variable(
         name="TFT_WEBHOOK",
         default="",
-        meaning="secret address to which the monitor posts losses, recoveries and alarms",
+        meaning="secret address to which the monitor posts losses, recoveries, alarms and an early end",
     ),
     Variable(
         name="TORCHFT_LIGHTHOUSE",
@@ -166,6 +207,14 @@ class Site:
     """Address of this node for the others."""
     lighthouse: str
     """URL set by hand; empty: the published one."""
+    quorum_timeout: float
+    """Seconds for which a replica group waits for a quorum."""
+    relay: bool
+    """Whether managers reach the lighthouse through their launcher."""
+    spares: int
+    """Array tasks beyond the replica groups, that stand ready to replace one."""
+    limits: Limits
+    """How often a failing replica group is started again."""
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> Site:
@@ -197,9 +246,15 @@ class Site:
             "TFT_LIGHTHOUSE_PORT",
             "TFT_WEIGHT_HASH_EVERY",
             "TFT_DATALOADER_SAVE_EVERY",
+            "TFT_SPARES",
+            "TFT_RESTARTS",
+            "TFT_REQUEUES",
         ):
             if env.get(name) and not re.fullmatch(r"\d{1,6}", env[name]):
                 problems.append(f"{name} must be a whole number below a million, not {env[name]!r}")
+        for name in ("TFT_RELAY", "TFT_DRILLS"):
+            if env.get(name) not in (None, "", "0", "1"):
+                problems.append(f"{name} must be 0 or 1, not {env[name]!r}")
         if env.get("TFT_DATALOADER_SAVE_EVERY") == "0":
             problems.append("TFT_DATALOADER_SAVE_EVERY must be at least 1")
         if env.get("TFT_MIN_STEP_SECONDS") and not _is_number(env["TFT_MIN_STEP_SECONDS"]):
@@ -221,12 +276,26 @@ class Site:
             # Said always: torchrun's own choice for a single node is "localhost".
             node_address=env.get("TFT_NODE_ADDRESS") or socket.gethostname(),
             lighthouse=lighthouse.rstrip("/"),
+            quorum_timeout=float(env.get("TORCHFT_QUORUM_TIMEOUT_SEC") or 600),
+            relay=env.get("TFT_RELAY") != "0",
+            spares=int(env.get("TFT_SPARES") or 0),
+            limits=Limits(
+                here=int(env.get("TFT_RESTARTS") or Limits().here),
+                elsewhere=int(env.get("TFT_REQUEUES") or Limits().elsewhere),
+            ),
         )
 
 
 def _misspelled(env: Mapping[str, str]) -> list[str]:
     known = [variable.name for variable in VARIABLES if variable.name.startswith("TFT_")]
-    internal = {"TFT_EVENTS", "TFT_ATTEMPT", "TFT_FAILURES", "TFT_FINISHED"}
+    internal = {
+        "TFT_EVENTS",
+        "TFT_ATTEMPT",
+        "TFT_FAILURES",
+        "TFT_FINISHED",
+        "TFT_STACKS",
+        "TFT_STANDBY",
+    }
     found = []
     for name in env:
         if name.startswith("TFT_") and name not in known and name not in internal:

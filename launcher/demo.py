@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
 from launcher import assets
 from launcher.history import History
+from launcher.interrupts import signals_ignored, stop_on_signals
 from launcher.model import CriticalError, KitError, ReportFormat
 from launcher.monitor import SCRIPT, line
 from launcher.publish import write
@@ -72,10 +71,10 @@ class Demo:
     def run(self) -> bool:
         """The whole story; True when the run recovered. Leaves nothing behind."""
         try:
-            with _stop_on_signals():
+            with stop_on_signals():
                 return self._run()
         finally:
-            with _signals_ignored(), self._resources:
+            with signals_ignored(), self._resources:
                 self._clean_up()
 
     def _run(self) -> bool:
@@ -120,7 +119,7 @@ class Demo:
             "recover",
             lambda: (
                 state.groups[LOST].attempt > attempt
-                and any(i.recovered_at is not None for i in state.incidents)
+                and any(i.replica == LOST and i.recovered_at is not None for i in state.incidents)
             ),
         )
 
@@ -240,35 +239,6 @@ class Demo:
                     check=False,
                 )
         self._sandbox.down()
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[None]:
-    """Make TERM and HUP end the demo as Ctrl-C does: through the clean-up. (Ctrl-C too: a
-    shell that starts it in the background has it ignored.)"""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """A second Ctrl-C must not cut the clean-up short."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def run_demo(outputs: Path, folder: Path | None, steps: int, *, say: Callable[[str], None]) -> int:

@@ -81,7 +81,8 @@ class IncidentText:
 
     number: int
     """As in the pictures."""
-    replica: int
+    who: str
+    """The replica group's number, or the lighthouse."""
     node: str
     cause: str
     moments: Sequence[Moment]
@@ -162,6 +163,7 @@ def data(manifest: Manifest, state: RunState, findings: Sequence[Finding]) -> di
             "lost_at_step": incident.lost_at_step,
             "requeued_at": iso(incident.requeued_at),
             "started_at": iso(incident.started_at),
+            "boot_s": dict(incident.boot),
             "rejoined_at": iso(incident.rejoined_at),
             "healed_at": iso(incident.healed_at),
             "healed_from": incident.healed_from,
@@ -321,11 +323,12 @@ def _incident(number: int, incident: Incident) -> IncidentText:
         return Moment(name=name, t=t, after=after, note=note)
 
     healer = "" if incident.healed_from is None else f"from {incident.healed_from}"
+    boot = ", ".join(f"{name} {value:.1f} s" for name, value in incident.boot.items())
     at = incident.recovered_at_step
     evidence = sorted(incident.evidence, key=lambda sign: sign.t)
     return IncidentText(
         number=number,
-        replica=incident.replica,
+        who="lighthouse" if incident.replica is None else str(incident.replica),
         node=clean(incident.host),
         cause=clean(incident.why),
         moments=[
@@ -333,7 +336,7 @@ def _incident(number: int, incident: Incident) -> IncidentText:
                 name="First sign", t=incident.first_sign, note=f"at step {incident.lost_at_step:,}"
             ),
             moment("Detected", incident.detected_at),
-            moment("Started again", incident.started_at),
+            moment("Started again", incident.started_at, boot),
             moment("Rejoined", incident.rejoined_at),
             moment("Healed", incident.healed_at, healer),
             moment("Recovered", incident.recovered_at, "" if at is None else f"at step {at:,}"),

@@ -25,9 +25,11 @@ class Task:
     """Which start of which replica group this is."""
 
     replica: int
-    attempt: int
-    """1 for the first start, one more after each requeue."""
     node: str
+    index: int = 0
+    """Index of the array task that runs it; a spare's differs from the replica group's."""
+    attempt: int = 0
+    """1 for the group's first start, one more for each further one; 0 before it."""
 
 
 def replica_environment(
@@ -46,6 +48,7 @@ def replica_environment(
         "TFT_ATTEMPT": str(task.attempt),
         "TFT_EVENTS": str(run.events(task.replica)),
         "TFT_FINISHED": str(run.finished),
+        "TFT_STACKS": str(run.ranks(task.replica, task.attempt)),
         "TFT_FAILURES": str(run.failures(task.replica, task.attempt)),
     }
     # One W&B run a replica group, in one W&B group a run, continued over requeues.

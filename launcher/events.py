@@ -8,6 +8,7 @@ the text logs, each with a line as it was really printed. ``docs/events.md`` lis
 from __future__ import annotations
 
 import calendar
+import dataclasses
 import json
 import re
 import time
@@ -56,6 +57,9 @@ REPLICA_KINDS = frozenset(
         "exit",
         "gpu",
         "xid",
+        "busy",
+        "fenced",
+        "action",
     ]
 )
 
@@ -176,7 +180,7 @@ PATTERNS = (
     Pattern(
         kind="out_of_memory",
         regex=r"(?P<text>(?:torch\.)?OutOfMemoryError.*|CUDA out of memory.*|.*oom[-_]kill.*|"
-        r"Out Of Memory.*|.*(?:Cannot|can't) allocate memory.*|MemoryError.*)",
+        r"Out Of Memory.*|.*(?:Cannot|can't) allocate memory.*|MemoryError.*|.*std::bad_alloc.*)",
         sample="torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
         seen="torch 2.13.0",
     ),
@@ -203,16 +207,18 @@ PATTERNS = (
 
 #: Lines looked back over for a time stamp.
 FARTHEST_STAMP = 500
+#: Events kept of a log that has had no time stamp yet.
+MOST_EARLY = 200
 
 _COMPILED = [(pattern.kind, re.compile(pattern.regex)) for pattern in PATTERNS]
 #: One pass over a line that tells most lines apart from those worth trying the table on.
 _WORTH = re.compile(
     rb"should_commit=|step: |launching replica|^\[\d|reconfiguring for|healing required|"
     rb"Loaded state dict|slurmstepd|kill request|heartbeat to lighthouse|quorum failed|"
-    rb"[Oo]ut ?[Oo]f ?[Mm]emory|oom[-_]kill|allocate memory|MemoryError|Xid|CUDA error|NCCL|nccl|ECC|exitcode|"
+    rb"[Oo]ut ?[Oo]f ?[Mm]emory|oom[-_]kill|allocate memory|MemoryError|bad_alloc|Xid|CUDA error|NCCL|nccl|ECC|exitcode|"
     rb"Error|Exception|Interrupt"
 )
-_DECORATION = re.compile(r"^(?:\[[a-z]*\d+\]:)+|\x1b\[[0-9;]*m")
+_DECORATION = re.compile(r"^(?:\[[a-z]*\d+\]: ?)+|\x1b\[[0-9;]*m")
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d):(\d\d)(?:[.,](\d{3}))?")
 _NUMBERS = {"step", "rank", "attempt", "titan_step", "quorum_id", "max_step", "exit_code", "pid"}
 
@@ -249,6 +255,8 @@ class ReplicaLogReader:
         """Which group's log this is; learnt from its lines when not given."""
         self._clock = Clock()
         self._now = 0.0
+        self._early: list[Event] = []
+        """Events before the first time stamp of all: they happened before the next one."""
         self.lines = 0
 
     def read(self, offset: int, block: bytes) -> Iterator[Event]:
@@ -256,12 +264,19 @@ class ReplicaLogReader:
         position = 0
         for raw in block[:-1].split(b"\n"):
             self.lines += 1
+            if self._early:
+                stamp = self._clock.seconds(raw[:80].decode(errors="replace"))
+                if stamp is not None:
+                    yield from (dataclasses.replace(event, t=stamp) for event in self._early)
+                    self._early = []
             if _WORTH.search(raw):
                 line = _DECORATION.sub("", raw.decode(errors="replace"))
                 t = self._clock.seconds(line) or self._time_before(block, position)
                 event = self._event(line, t, offset + position)
-                if event is not None:
+                if event is not None and t > 0:
                     yield event
+                elif event is not None and len(self._early) < MOST_EARLY:
+                    self._early.append(event)
             position += len(raw) + 1
         self._now = self._time_before(block, len(block))
 
@@ -301,7 +316,7 @@ class ReplicaLogReader:
                 except ValueError:
                     return None
             if "text" in fields:
-                fields["text"] = fields["text"][:500]
+                fields["text"] = fields["text"].strip()[:500]
             return Event(
                 t=t,
                 kind=kind,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import enum
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from launcher.lighthouse_log import Waiting
 from launcher.model import GroupState
-from launcher.state import HANG_SECONDS, RunState
+from launcher.stalls import overdue, silent
+from launcher.state import RunState
 
-#: A wait counts as a stall after this many usual steps (and at least ``HANG_SECONDS``).
-STALL_STEPS = 5.0
 #: Starts of one group within this time that make a storm.
 STORM_STARTS, STORM_SECONDS = 3, 600.0
 #: Losses on one node within this time that make it a bad node.
@@ -24,6 +24,13 @@ LIGHTHOUSE_SECONDS = 15.0
 XID_SECONDS = 600.0
 #: Degrees Celsius above the median of its node that make a GPU hot.
 HOTTER = 12
+#: Own work of a group over that of the others which makes it a straggler: GPUs of one kind differ by
+#: some percent, and a slowed clock, a busy neighbour or a failing disk by more than half.
+STRAGGLER_RATIO = 1.5
+#: … and what it must cost, as a part of a step: where little is computed, little is measured well.
+STRAGGLER_COST = 0.05
+#: Measurements of each group in the present quorum that are needed for a comparison.
+STRAGGLER_SAMPLES = 5
 #: Lines of a log without one event in them that mean its format is not understood.
 STRANGE_LINES = 500
 
@@ -99,16 +106,10 @@ def _strange_logs(snapshot: Snapshot) -> Iterator[Finding]:
 
 def _stalled(snapshot: Snapshot) -> Iterator[Finding]:
     state, waiting = snapshot.state, snapshot.waiting
-    if waiting.since is None or state.finished:
+    seconds = overdue(waiting, state.groups.values(), snapshot.now)
+    if seconds is None or state.finished:
         return
-    seconds = snapshot.now - waiting.since
-    usual = max((g.step_seconds or 0.0 for g in state.groups.values()), default=0.0)
-    if seconds < max(HANG_SECONDS, STALL_STEPS * usual):
-        return
-    missing = [r for r in state.members if r not in waiting.requested]
-    for replica in missing:
-        if state.group(replica).state in (GroupState.DONE, GroupState.LOST, GroupState.REQUEUED):
-            continue
+    for replica in silent(waiting, state.members, state.groups, snapshot.now):
         yield Finding(
             kind="replica_stalled",
             severity=Severity.CRITICAL,
@@ -123,7 +124,7 @@ def _stalled(snapshot: Snapshot) -> Iterator[Finding]:
             message=f"no quorum for {seconds:.0f} s: too few of the heartbeating replica groups "
             "join; the silent ones must end before the others can go on",
         )
-    elif not missing:
+    elif waiting.requested.issuperset(state.members):
         yield Finding(
             kind="quorum_stalled",
             severity=Severity.WARNING,
@@ -135,7 +136,7 @@ def _restart_storm(snapshot: Snapshot) -> Iterator[Finding]:
     recent = Counter(
         incident.replica
         for incident in snapshot.state.incidents
-        if snapshot.now - incident.lost_at < STORM_SECONDS
+        if incident.replica is not None and snapshot.now - incident.lost_at < STORM_SECONDS
     )
     for replica, count in recent.items():
         if count >= STORM_STARTS:
@@ -187,6 +188,34 @@ def _loss(snapshot: Snapshot) -> Iterator[Finding]:
                 message=f"the loss of replica {group.replica} is {group.loss}: stop, and start again "
                 "from a checkpoint with a lower learning rate or without that data",
             )
+
+
+def _straggler(snapshot: Snapshot) -> Iterator[Finding]:
+    """One group's own work takes longer; the step times of all are equal, for they wait for it."""
+    state = snapshot.state
+    busy = {
+        replica: group.busy_seconds
+        for replica, group in state.groups.items()
+        if group.busy_seconds is not None
+        and group.busy_samples >= STRAGGLER_SAMPLES
+        and group.state is GroupState.TRAINING
+    }
+    for replica, seconds in busy.items() if len(busy) >= 2 else ():
+        others = statistics.median(s for other, s in busy.items() if other != replica)
+        step = state.groups[replica].step_seconds or 0.0
+        if seconds <= STRAGGLER_RATIO * others or seconds - others < STRAGGLER_COST * step:
+            continue
+        host = state.groups[replica].host
+        where = f" on {host}" if host else ""
+        yield Finding(
+            kind="straggler",
+            severity=Severity.WARNING,
+            replica=replica,
+            message=f"replica {replica}{where} works {seconds:.3g} s a step by itself, the others "
+            f"{others:.3g} s and wait for it: look there for heat, other processes and slow data; if "
+            f"it stays, `scontrol update NodeName={host or '<node>'} State=DRAIN` and "
+            f"`scontrol requeue {snapshot.job}_{replica}`",
+        )
 
 
 def _in_the_queue(snapshot: Snapshot) -> Iterator[Finding]:
@@ -296,6 +325,7 @@ RULES: tuple[Rule, ...] = (
     _weights,
     _loss,
     _stalled,
+    _straggler,
     _lighthouse,
     _restart_storm,
     _bad_node,

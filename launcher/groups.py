@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from launcher.events import Event
 from launcher.incidents import Sign
 from launcher.model import GroupState
 
@@ -18,7 +19,11 @@ class Group:
     state: GroupState = GroupState.PENDING
     since: float = 0.0
     """When it came into this state, Unix seconds."""
+    before_stall: GroupState = GroupState.TRAINING
+    """What it goes back to when it was STALLED and joins after all."""
     attempt: int = 0
+    task: int | None = None
+    """Array task that runs it; None: the one of its own index."""
     host: str = ""
     step: int = 0
     """Manager's step: commits, counted over the whole run."""
@@ -31,9 +36,20 @@ class Group:
     tokens_per_second: float | None = None
     step_seconds: float | None = None
     """Moving mean of the time between two commits."""
+    busy_seconds: float | None = None
+    """Moving mean of its own work in a step, since the quorum changed."""
+    busy_samples: int = 0
     uuid: str = ""
     failed_since_commit: int = 0
     ended_ok: bool = False
+    ended: bool = False
+    """Whether its newest attempt said that it ended."""
+    requeues: int = 0
+    """How often the guardian has requeued it since its last commit."""
+    next: str = ""
+    """What its launcher decided when that attempt failed."""
+    busy: str = ""
+    """What keeps it from the next step, when it said so: a checkpoint, for example."""
     waiting: str = ""
     """Slurm's reason while it waits in the queue."""
     slurm_state: str = ""
@@ -44,5 +60,29 @@ class Group:
     """Newest sample of each GPU of its node."""
     ecc_before: dict[int, int] = field(default_factory=dict)
     """Uncorrected memory errors each GPU had at the first sample of this attempt."""
+    boot: dict[str, float] = field(default_factory=dict)
+    """Where the time of its newest start went, seconds by phase, in their order: torchrun,
+    imports, model, quorum, first step."""
+    boot_at: float = 0.0
+    """When the newest of those phases ended, Unix seconds."""
     xids: deque[tuple[float, int, int]] = field(default_factory=lambda: deque(maxlen=16))
     """(time, GPU, Xid) of the driver's newest errors."""
+
+    def reached(self, phase: str, t: float) -> None:
+        """Note that the newest start of this group has come to the end of a phase."""
+        if self.boot_at and phase not in self.boot:
+            self.boot[phase] = round(max(0.0, t - self.boot_at), 3)
+            self.boot_at = t
+
+    @property
+    def task_index(self) -> int:
+        """Index of the array task that runs it."""
+        return self.replica if self.task is None else self.task
+
+
+def replaced(group: Group, event: Event) -> bool:
+    """Whether ``event`` is of a copy in whose place another one has started."""
+    attempt, host = event.get("attempt"), event.get("host")
+    if isinstance(attempt, int):
+        return attempt < group.attempt
+    return bool(host and group.host and host != group.host)

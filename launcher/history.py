@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Generic, NamedTuple, TypeVar
 
 from launcher.events import Event
 from launcher.groups import Group
 from launcher.model import GroupState
+from launcher.stalls import overdue, patience
 from launcher.state import RunState
 
 #: Changes kept for one replica group, and of the quorum's size.
@@ -34,6 +35,9 @@ BY_BADNESS = (
     GroupState.STALLED,
     GroupState.LOST,
 )
+
+#: States in which a group is waited for when the others ask for the next quorum.
+WORKING = (GroupState.TRAINING, GroupState.HEALING)
 
 V = TypeVar("V")
 
@@ -63,6 +67,16 @@ class Changes(Generic[V]):
         self.points.append((t, value))
         if len(self.points) > MOST_CHANGES:
             self._coarsen()
+
+    def add_before(self, t: float, value: V, instead_of: Collection[V]) -> None:
+        """Put in what is known of ``t`` only later, where one of ``instead_of`` stood then."""
+        before = [index for index, point in enumerate(self.points) if point[0] <= t]
+        if not before or self.points[before[-1]][1] not in instead_of:
+            return
+        after = before[-1] + 1
+        if after < len(self.points) and self.points[after][1] == value:
+            del self.points[after]
+        self.points.insert(after, (t, value))
 
     def spans(self, end: float) -> list[Span[V]]:
         """The values one after the other, the last one until ``end``."""
@@ -149,6 +163,7 @@ class History:
         """Take in what ``event`` has made of ``state``."""
         if event.kind == "membership":
             self.quorum.add(event.t, len(state.members))
+            self._stalls(state, event)
         elif event.kind == "metrics" and event.replica is not None:
             self._metrics(event, event.replica)
         if event.kind == "membership" or event.t - self._checked >= CHECK_EVERY:
@@ -161,6 +176,16 @@ class History:
         """Take in the states of all replica groups."""
         for group in state.groups.values():
             self._group(state, group)
+
+    def _stalls(self, state: RunState, event: Event) -> None:
+        """Whom the others had waited for, which a quorum that ends a wait tells afterwards."""
+        waited = event.get("waited")
+        if waited is None or overdue(waited, state.groups.values(), event.t) is None:
+            return
+        for replica, changes in self.groups.items():
+            if replica not in waited.requested:
+                stalled = waited.since + patience(state.groups.values())
+                changes.add_before(stalled, GroupState.STALLED, instead_of=WORKING)
 
     def _group(self, state: RunState, group: Group) -> None:
         changes = self.groups.get(group.replica)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 
 from launcher.events import Event, Source
+from launcher.restarts import UNFIT, Next
 
 #: Seconds before a loss in which a sign counts as a sign of it.
 SIGN_WINDOW = 180.0
@@ -27,6 +29,7 @@ class Cause(enum.Enum):
     REQUEUED = "requeued by a person"
     CANCELLED = "cancelled by a person"
     LIGHTHOUSE_LOST = "lighthouse lost"
+    UNFIT_NODE = "unfit node"
     UNKNOWN = "unknown"
 
 
@@ -40,13 +43,17 @@ class Sign:
     cause: Cause
     text: str
     source: Source | None = None
+    requeues: bool = False
+    """Whether the group's own launcher asked Slurm to requeue it: no person did."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Incident:
-    """A replica group that stopped taking part without having finished. Times: Unix seconds."""
+    """A replica group that stopped taking part without having finished, or a lighthouse that was
+    not there for a while. Times: Unix seconds."""
 
-    replica: int
+    replica: int | None
+    """None: the lighthouse."""
     kind: str = "replica_lost"
     host: str = ""
     """Node on which it ran."""
@@ -55,19 +62,22 @@ class Incident:
     """The line that names the cause, where that says more than the cause itself."""
     first_sign: float
     detected_at: float | None = None
-    """First quorum without the group."""
+    """First quorum without the group. Of the lighthouse: more than half of the groups could not
+    reach it, or it was started again."""
     lost_at_step: int = 0
     steps_lost: int = 0
     """Steps that the survivors tried and could not commit."""
     survivor_stall_s: float = 0.0
-    """Longest time between two commits of any survivor around the loss."""
+    """Longest time between two commits of any other group around the loss."""
     requeued_at: float | None = None
     started_at: float | None = None
+    boot: dict[str, float] = field(default_factory=dict)
+    """Where the time of the new start went, seconds by phase."""
     rejoined_at: float | None = None
     healed_at: float | None = None
     healed_from: int | None = None
     recovered_at: float | None = None
-    """First commit after coming back."""
+    """First commit after coming back; of any group, after the lighthouse did."""
     recovered_at_step: int | None = None
     full_strength_at: float | None = None
     lost_uuid: str = ""
@@ -83,9 +93,31 @@ class Incident:
         return self.detected_at if self.detected_at is not None else self.first_sign
 
     @property
+    def who(self) -> str:
+        """What was lost, in words."""
+        return "the lighthouse" if self.replica is None else f"replica {self.replica}"
+
+    def touches(self, replica: int, before: float, t: float) -> bool:
+        """Whether it fell into the time between two commits of group ``replica``.
+
+        The lighthouse may be gone for several: each of them may have waited for it.
+        """
+        if self.replica is None:
+            return self.first_sign <= t and (
+                self.recovered_at is None or before < self.recovered_at
+            )
+        return self.replica != replica and before <= self.lost_at <= t
+
+    @property
     def why(self) -> str:
         """The cause in words, with the error where it was a crash."""
         return f"{self.cause.value}: {self.detail}" if self.detail else self.cause.value
+
+    def end_told(self, by: float = float("inf")) -> bool:
+        """Whether by that time the node could still say how the group ended: Slurm's step there,
+        the launcher or torchrun. An exception (weight 3) is none: a group may get over it."""
+        others = (Cause.HANG, Cause.LIGHTHOUSE_LOST, Cause.NODE_UNREACHABLE)
+        return any(s.weight != 3 and s.cause not in others and s.t < by for s in self.evidence)
 
     def explain(self, signs: list[Sign]) -> None:
         """Take in signs; the heaviest of all names the cause."""
@@ -94,12 +126,17 @@ class Incident:
                 self.evidence.append(sign)
                 self.first_sign = min(self.first_sign, sign.t)
         if self.evidence:
-            main = min(self.evidence, key=lambda sign: (-sign.weight, sign.t))
+            counted = self.evidence
+            if any(sign.requeues for sign in self.evidence):
+                counted = [sign for sign in self.evidence if sign.cause is not Cause.REQUEUED]
+            main = min(counted, key=lambda sign: (-sign.weight, sign.t))
             self.cause = main.cause
             self.detail = main.text if main.cause in _DETAILED else ""
 
 
-_DETAILED = frozenset({Cause.CRASH, Cause.OUT_OF_MEMORY, Cause.UNKNOWN, Cause.HANG})
+_DETAILED = frozenset(
+    {Cause.UNFIT_NODE, Cause.CRASH, Cause.OUT_OF_MEMORY, Cause.UNKNOWN, Cause.HANG}
+)
 
 #: Slurm's "DUE TO …" in a cancellation line; without one, a person did it.
 _DUE = {
@@ -108,6 +145,10 @@ _DUE = {
     "TIME LIMIT": Cause.TIME_LIMIT,
     "JOB REQUEUE": Cause.REQUEUED,
 }
+
+
+#: In a reason for which a group ended: it had no memory left.
+_NO_MEMORY = re.compile(r"out of memory|OutOfMemory|allocate memory|MemoryError|bad_alloc", re.I)
 
 
 def sign_of(event: Event) -> Sign | None:
@@ -126,15 +167,78 @@ def sign_of(event: Event) -> Sign | None:
     if event.kind == "device_error":
         return _sign(event, 7, Cause.CRASH, text)
     if event.kind == "exit" and int(event.get("code", 1)) != 0:
-        reason = str(event.get("reason", ""))
-        if "stopped by" in reason:
-            return _sign(event, 2, Cause.UNKNOWN, reason)
-        return _sign(event, 5, Cause.CRASH, reason)
+        requeues = event.get("next") == Next.ELSEWHERE.value
+        return replace(_exit_sign(event, str(event.get("reason", ""))), requeues=requeues)
+    if event.kind == "action" and event.get("action") == "requeue":
+        text = f"its launcher was killed: {event.get('why')}"
+        return _sign(event, 1, Cause.CRASH, text)
     if event.kind == "rank_failed":
         return _sign(event, 4, Cause.CRASH, f"a rank exited with code {event.get('exit_code')}")
     if event.kind == "exception":
         return _sign(event, 3, Cause.CRASH, text)
     return None
+
+
+def _exit_sign(event: Event, reason: str) -> Sign:
+    """Why a group's launcher says that it ended."""
+    if "stopped by" in reason:
+        return _sign(event, 2, Cause.UNKNOWN, reason)
+    if reason.startswith(("hung: ", "stopped: ", "stuck: ")):  # the guardian's words
+        return _sign(event, 6, Cause.HANG, reason.partition(": ")[2])
+    if reason.startswith(UNFIT):
+        return _sign(event, 8, Cause.UNFIT_NODE, reason.removeprefix(UNFIT))
+    if _NO_MEMORY.search(reason):
+        return _sign(event, 7, Cause.OUT_OF_MEMORY, reason)
+    return _sign(event, 5, Cause.CRASH, reason)
+
+
+def lighthouse_sign(event: Event) -> Sign | None:
+    """What an event of a replica group says of the lighthouse as the cause of its end.
+
+    To be asked only while the lighthouse is known to be lost: a node that is cut off has the
+    same complaints.
+    """
+    text = str(event.get("reason" if event.kind == "exit" else "text", ""))
+    ended = event.kind in ("exit", "exception") and "lighthouse" in text.lower()
+    if event.kind == "quorum_failed" or ended:
+        return _sign(event, 6, Cause.LIGHTHOUSE_LOST, text)
+    return None
+
+
+def contact_sign(event: Event) -> Sign:
+    """A group could not reach the lighthouse."""
+    text = f"replica {event.replica} cannot reach the lighthouse: {event.get('text', '')}"
+    return _sign(event, 5, Cause.LIGHTHOUSE_LOST, text)
+
+
+def restart_sign(event: Event) -> Sign:
+    """The last that was heard of a lighthouse before it was started again."""
+    t = event.get("last")
+    text = "last line of the lighthouse before it was started again"
+    return Sign(
+        t=event.t if t is None else t,
+        weight=5,
+        cause=Cause.LIGHTHOUSE_LOST,
+        text=text,
+        source=event.source,
+    )
+
+
+def left_out_sign(t: float, source: Source | None) -> Sign:
+    """Not there when the lighthouse was back: no more is known than that."""
+    text = "not in the quorum when the lighthouse was back"
+    return Sign(t=t, weight=2, cause=Cause.LIGHTHOUSE_LOST, text=text, source=source)
+
+
+def unreachable_sign(t: float, host: str) -> Sign:
+    """The controller gets no answer from the node.
+
+    As heavy as what slurmstepd prints on the node itself, so that the first of the two names the
+    cause: one that prints its cancellation after a silence was cut off, and does so only now that
+    it can be reached again. (One that printed it before is not asked about any more.)
+    """
+    text = f"Slurm: node {host} does not respond"
+    return Sign(t=t, weight=9, cause=Cause.NODE_UNREACHABLE, text=text)
 
 
 def hang_sign(t: float, seconds: float, source: Source | None) -> Sign:

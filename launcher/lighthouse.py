@@ -21,7 +21,7 @@ from pathlib import Path
 
 from launcher.model import BlindError, KitError, UsageError
 from launcher.process import still_runs
-from launcher.rundir import Outputs, create_once, read_json, replace
+from launcher.rundir import Manifest, Outputs, RunDir, create_once, overwrite, read_json, replace
 from launcher.slurm import Slurm
 
 #: Seconds after which a left-over claim lock is taken to be a dead process's.
@@ -30,6 +30,10 @@ STALE_LOCK = 90.0
 STATUS_SECONDS = 3.0
 #: Age of a heartbeat, in seconds, up to which its sender counts as alive.
 FRESH_SECONDS = 2.0
+#: Replica id under which the supervisor brings a lighthouse past the ids of the one before.
+RAISER = "raise:0"
+#: Quorum ids beyond which a number that was kept is not believed: a month of one a second.
+MOST_QUORUMS = 3_000_000
 #: Seconds that the tasks of a cancelled run get to end before their lighthouse is refused.
 COMPLETING_PATIENCE = 60.0
 
@@ -48,6 +52,9 @@ class Address:
     """Start time of that process, Unix seconds: process ids are reused."""
     user: str
     started: float
+    serving: str = ""
+    """``host:port`` of the lighthouse's own process, new at every start of it; ``url`` is the
+    supervisor's, which stays. Empty: the same."""
 
 
 class LighthouseDir:
@@ -65,6 +72,51 @@ class LighthouseDir:
         host, port = split(url)
         return cls(outputs.lighthouses / f"{host}-{port}")
 
+    @classmethod
+    def of_run(cls, run: RunDir, manifest: Manifest) -> LighthouseDir:
+        """The lighthouse that a run was started on, wherever it is now."""
+        outputs = Outputs(run.path.parent.parent)
+        if manifest.lighthouse_name:
+            return cls(outputs.lighthouses / manifest.lighthouse_name)
+        return cls.of(outputs, manifest.lighthouse)
+
+    def whereabouts(self, url: str) -> tuple[str, int] | None:
+        """Host and port of the lighthouse's process; ``url``'s own where nothing is published.
+        None when that cannot be read just now."""
+        try:
+            address = self.address()
+            if address is None:
+                return split(url)
+            return split(f"http://{address.serving}" if address.serving else address.url)
+        except KitError:
+            return None
+
+    @property
+    def _state(self) -> Path:
+        return self.path / "state.json"
+
+    def newest_quorum_id(self) -> int:
+        """Highest quorum id that a lighthouse of this folder has given out; 0 for none."""
+        with contextlib.suppress(KitError, ValueError, TypeError):
+            known = int((read_json(self._state) or {}).get("quorum_id", 0))
+            if 0 <= known < MOST_QUORUMS:
+                return known
+        # Damaged: what the log of the run says, as far as it is kept.
+        run = self.claimed_by()
+        log = Outputs(self.path.parent.parent.parent).run_of_array(run or 0).lighthouse_log
+        found = [0]
+        with contextlib.suppress(OSError):
+            found += map(int, re.findall(rb"Quorum! Quorum \{ quorum_id: (\d+),", log.read_bytes()))
+        return min(max(found), MOST_QUORUMS)
+
+    def remember_quorum_id(self, quorum_id: int) -> None:
+        """Keep it for the next lighthouse, on whatever host.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        overwrite(self._state, json.dumps({"quorum_id": quorum_id}) + "\n")
+
     @property
     def _address(self) -> Path:
         return self.path / "address.json"
@@ -74,8 +126,10 @@ class LighthouseDir:
         return self.path / "claim.json"
 
     def publish(self, address: Address) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        replace(self._address, json.dumps(asdict(address), indent=2) + "\n")
+        try:
+            overwrite(self._address, json.dumps(asdict(address), indent=2) + "\n")
+        except OSError as error:
+            raise KitError(f"cannot write {self._address}: {error.strerror}") from error
 
     def unpublish(self, pid: int) -> None:
         """Withdraw the address, if it is (still) the one of supervisor ``pid``."""
@@ -129,7 +183,7 @@ class LighthouseDir:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"array_job_id": array_job_id, "claimed": time.time()}) + "\n"
-        if create_once(self._claim, content) or self.claimed_by() == array_job_id:
+        if self.claimed_by() == array_job_id or create_once(self._claim, content):
             return
         with self._lock():
             other = self.claimed_by()
@@ -176,25 +230,26 @@ def _in_queue(array_job_id: int, slurm: Slurm) -> bool:
     return False
 
 
-def discover(outputs: Outputs, by_hand: str) -> str:
-    """URL of the lighthouse to use: the one set by hand, else the one published.
+def discover(outputs: Outputs, by_hand: str) -> tuple[str, LighthouseDir]:
+    """URL and folder of the lighthouse to use: the one set by hand, else the one published.
 
     Raises:
         UsageError: none is published, or several are.
     """
-    if by_hand:
-        return by_hand
     published = [
-        address.url
+        (address.url, folder)
         for path in sorted(outputs.lighthouses.glob("*/address.json"))
-        if (address := LighthouseDir(path.parent).address()) is not None
+        if (address := (folder := LighthouseDir(path.parent)).address()) is not None
     ]
+    if by_hand:
+        known = [folder for url, folder in published if url == by_hand]
+        return by_hand, known[0] if known else LighthouseDir.of(outputs, by_hand)
     if len(published) == 1:
         return published[0]
     if published:
+        urls = ", ".join(url for url, _ in published)
         raise UsageError(
-            f"several lighthouses are published ({', '.join(published)}): "
-            "set TORCHFT_LIGHTHOUSE to the one to use"
+            f"several lighthouses are published ({urls}): set TORCHFT_LIGHTHOUSE to the one to use"
         )
     raise UsageError(
         f"no lighthouse is published under {outputs.lighthouses}: run "
@@ -226,6 +281,17 @@ def answers(url: str, timeout: float = 3.0) -> str | None:
             return None
     except OSError as error:
         return error.strerror or str(error)
+
+
+def responds(url: str) -> str | None:
+    """None when a lighthouse at ``url`` answers a question, else why not. (Its supervisor accepts
+    connections, and holds them, also while there is none.)"""
+    try:
+        with urllib.request.urlopen(f"{url}/status", timeout=STATUS_SECONDS) as page:  # noqa: S310
+            page.read(1)
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "reason", error))
+    return None
 
 
 def require_answer(url: str, *, patience: float = 0.0) -> None:
@@ -260,7 +326,11 @@ def refuse_strangers(url: str) -> None:
     except (OSError, ValueError):
         return  # it accepts connections (checked before), and says nothing of its members
     found = re.findall(r"(\S+): seen ([\d.]+)s ago", page)
-    fresh = [name.partition(":")[0] for name, age in found if float(age) < FRESH_SECONDS]
+    fresh = [
+        name.partition(":")[0]
+        for name, age in found
+        if float(age) < FRESH_SECONDS and name != RAISER
+    ]
     if fresh:
         raise UsageError(
             f"the lighthouse {url} already serves another run ({', '.join(sorted(fresh)[:4])} send "

@@ -56,7 +56,7 @@ class LighthouseReader:
     membership    ``quorum_id``, ``members``: [(replica, uuid, step, address)], and
                   ``waited``: a ``Waiting`` of the time before; when the id changes
     commit_failed ``ids``: the lighthouse was told of failed commits
-    listening     the lighthouse (re)started
+    listening     the lighthouse (re)started; ``last``: time of its last line before, or None
     ============= ==================================================================
 
     ``step`` and ``waiting`` hold the newest step and what the next quorum waits for.
@@ -66,6 +66,8 @@ class LighthouseReader:
         self._file = file
         self._clock = Clock()
         self._quorum_id = b""
+        self._last: float | None = None
+        """Time of the last line of the blocks before."""
         self.step = 0
         self.waiting = Waiting()
         self.lines = 0
@@ -78,7 +80,8 @@ class LighthouseReader:
         found: list[tuple[int, Event]] = []
         restarts = [p for p in _positions(block, b"L") if block.startswith(_LISTENING, p)]
         for position in restarts:
-            self._add(found, block, position, offset, "listening")
+            before = self._last_before(block, block.rfind(b"\n", 0, position) + 1)
+            self._add(found, block, position, offset, "listening", last=before)
         last = 0
         unchanged = _QUORUM + self._quorum_id + b","
         mark = block.find(b"!")
@@ -91,9 +94,10 @@ class LighthouseReader:
             if not block.startswith(_QUORUM, position):
                 continue
             while restarts and restarts[0] < position:
-                # A restarted lighthouse counts from one: the same id is another quorum.
+                # A restarted lighthouse counts from one: the same id is another quorum. And it
+                # knows nothing of who had asked the one before.
                 self._quorum_id = b""
-                del restarts[0]
+                last = restarts.pop(0)
             start = position + len(_QUORUM)
             quorum_id = block[start : block.find(b",", start, start + 24)]
             if quorum_id != self._quorum_id:
@@ -110,11 +114,13 @@ class LighthouseReader:
             last = position + 1
         if restarts:
             self._quorum_id = b""
+            last = restarts[-1]
         if last:
             self.waiting = Waiting()
             match = _STEP.search(block, last)
             self.step = int(match[1]) if match else self.step
         self._look_at_waiting(block, last, len(block))
+        self._last = self._last_before(block, len(block))
         found.sort(key=lambda pair: pair[0])
         yield from (event for _, event in found)
 
@@ -149,6 +155,15 @@ class LighthouseReader:
             text = block[status + len(_STATUS) : block.find(b"\n", status)]
             waiting.status = text.decode(errors="replace") if _BLOCKED.search(text) else ""
 
+    def _last_before(self, block: bytes, end: int) -> float | None:
+        """Time of the last line before ``end`` that has one."""
+        while end > 0:
+            end = block.rfind(b"\n", 0, end - 1) + 1
+            t = self._clock.seconds(block[end : end + 30].decode(errors="replace"))
+            if t is not None:
+                return t
+        return self._last
+
     def _time(self, block: bytes, position: int) -> float | None:
         start = block.rfind(b"\n", max(0, position - 200), position) + 1
         return self._clock.seconds(block[start : start + 30].decode(errors="replace"))
@@ -177,7 +192,7 @@ def compact(log: bytes) -> bytes:
     return. A ``LighthouseReader`` finds the same events in it, whatever follows.
     """
     kept = [UTC_MARK] if log.startswith(UTC_MARK) else []
-    quorum_id, after, position = b"", 0, 0
+    quorum_id, after, position, kept_to = b"", 0, 0, 0
     for position in _positions(log, b"!"):
         if not log.startswith(_QUORUM, position - _MARK):
             continue
@@ -186,7 +201,11 @@ def compact(log: bytes) -> bytes:
         found = log[start : log.find(b",", start, start + 24)]
         restarted = log.rfind(_LISTENING, after, position)
         if found != quorum_id or restarted >= 0:
+            if restarted >= 0 and kept_to < after:
+                # The last line before a restart tells how long the lighthouse was there.
+                kept.append(log[log.rfind(b"\n", 0, after - 1) + 1 : after])
             kept.append(log[after:end])  # and what led to it: requests, statuses, failures
+            kept_to = end
         quorum_id, after = found, end
     # The newest quorum, and what has happened since: the next file goes on from there.
     newest = log.rfind(b"\n", 0, max(0, after - 1)) + 1

@@ -45,7 +45,7 @@ class GroupState(enum.Enum):
     STARTING = "STARTING"  # the launcher or torchrun runs; not in the quorum yet
     HEALING = "HEALING"  # in the quorum, taking the state of a peer
     TRAINING = "TRAINING"  # in the quorum and committing
-    STALLED = "STALLED"  # alive but not joining while others wait
+    STALLED = "STALLED"  # alive but not joining while others wait (launcher/stalls.py)
     LOST = "LOST"  # left the quorum without having finished
     DONE = "DONE"  # trained to the last step
 

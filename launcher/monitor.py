@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launcher.findings import Finding, Severity
-from launcher.model import BlindError, CriticalError
+from launcher.model import BlindError, CriticalError, GroupState
 from launcher.outlets import Outlets
 from launcher.rundir import Outputs, RunDir
-from launcher.sinks import Delivery
+from launcher.sinks import FRESH_SECONDS, Delivery
 from launcher.slurm import Slurm
 from launcher.snapshot import as_data, figures
 from launcher.state import Notice, RunState
@@ -23,6 +23,8 @@ from launcher.watcher import Watcher
 LOOK_EVERY = 0.3
 #: Seconds that Slurm may know no live task of a run before the run counts as over.
 QUIET_SECONDS = 5.0
+#: The same for one who acts: what it wants to do may have to wait for a Slurm that refuses.
+ACTING_QUIET = 120.0
 #: Seconds of silence after which the monitor says how far training is.
 PROGRESS_EVERY = 30.0
 #: The job script whose runs the monitor looks for in the queue.
@@ -70,8 +72,17 @@ def await_start(run: RunDir, *, say: Callable[[str], None], slurm: Slurm) -> Non
         time.sleep(1.0)
 
 
+#: Does for a run what it needs, after each look; returns what there is to tell of it.
+Act = Callable[[Watcher], list[Notice]]
+
+
 def follow(
-    run: RunDir, *, say: Callable[[str], None], slurm: Slurm, outlets: Outlets | None = None
+    run: RunDir,
+    *,
+    say: Callable[[str], None],
+    slurm: Slurm,
+    outlets: Outlets | None = None,
+    act: Act | None = None,
 ) -> None:
     """Print a run's story line by line until it ends, and send it to the ``outlets``.
 
@@ -82,11 +93,12 @@ def follow(
     """
     await_start(run, say=say, slurm=slurm)
     with Watcher.of_run(run, slurm) as watcher:
+        watcher.eager = act is not None
         size = watcher.state.group_size
         say(f"run {run.name}: {size} replica groups, {os.path.relpath(run.path)}")
         spoke = time.monotonic()
         with (outlets or Outlets()).delivering(run, say=say) as delivery:
-            for notices in looks(watcher, delivery):
+            for notices in looks(watcher, delivery, act):
                 for notice in notices:
                     say(line(notice))
                 if notices:
@@ -108,13 +120,19 @@ def progress(state: RunState) -> str:
     return f"… step {state.step}{of}{loss}, {size}"
 
 
-def looks(watcher: Watcher, delivery: Delivery | None = None) -> Iterator[list[Notice]]:
+def looks(
+    watcher: Watcher, delivery: Delivery | None = None, act: Act | None = None
+) -> Iterator[list[Notice]]:
     """Look again and again until the run has ended, with findings told once as they come."""
     delivery = delivery or Delivery()
     told: dict[str, Finding] = {}
     quiet_since: float | None = None
+    lived = False
     while True:
         notices = watcher.look()
+        if act is not None:
+            notices += act(watcher)
+        lived = lived or bool(watcher.live_tasks)
         findings = watcher.findings()
         notices += _news(findings, told)
         blind = bool(watcher.blind)
@@ -125,12 +143,30 @@ def looks(watcher: Watcher, delivery: Delivery | None = None) -> Iterator[list[N
             quiet_since = None
         elif quiet_since is None:
             quiet_since = time.monotonic()
-        elif time.monotonic() - quiet_since > QUIET_SECONDS:
+        elif time.monotonic() - quiet_since > (QUIET_SECONDS if act is None else ACTING_QUIET):
             break
         time.sleep(LOOK_EVERY)
     notices = watcher.look(final=True)
     findings, blind = watcher.findings(), bool(watcher.blind)
-    yield notices + delivery.deliver(watcher.state, notices, findings, blind=blind)
+    ended = ""
+    # Of a run that was over long before the monitor came, nobody wants an alarm.
+    if not watcher.state.finished and (
+        lived or time.time() - watcher.state.last_event < FRESH_SECONDS
+    ):
+        ended = early_end(watcher.state)
+        notices.append(Notice(time.time(), ended))
+    yield notices + delivery.deliver(watcher.state, notices, findings, blind=blind, ended=ended)
+
+
+def early_end(state: RunState) -> str:
+    """How a run of which no task is left stands, without having finished."""
+    of = f" of {state.steps}" if state.steps is not None else ""
+    groups = ", ".join(
+        f"replica {group.replica} {group.state.value}"
+        for group in state.groups.values()
+        if group.state is not GroupState.DONE
+    )
+    return f"the run ENDED EARLY at step {state.step}{of}: {groups[:300]}"
 
 
 def _news(findings: list[Finding], told: dict[str, Finding]) -> list[Notice]:
@@ -168,9 +204,7 @@ def conclude(watcher: Watcher, run: RunDir) -> None:
 def once(watcher: Watcher, *, say: Callable[[str], None], as_json: bool) -> int:
     """One pass; returns the exit code: 0 fine, 3 a critical finding, 4 blind."""
     notices = watcher.look(final=True)
-    # A log of the past is judged as of its own end.
-    now = time.time() if watcher.live_tasks else watcher.state.last_event
-    findings = watcher.findings(now)
+    findings = watcher.findings(watcher.present)
     if as_json:
         say(json.dumps(as_data(watcher.state, findings), indent=2, allow_nan=False))
     else:

@@ -130,7 +130,7 @@ class JsonLines:
 
 
 class Webhook:
-    """Losses, recoveries and critical findings as ``{"text": …}``, as Slack takes it."""
+    """Losses, recoveries, critical findings and an early end as ``{"text": …}``, as Slack takes it."""
 
     name = "webhook"
 
@@ -203,12 +203,14 @@ def _messages(update: Update) -> list[tuple[str, str]]:
     found = []
     for i in update.lost:
         where = f" on {i.host}" if i.host else ""
-        text = f"replica {i.replica} LOST{where} at step {i.lost_at_step}: {i.why}; {there}"
+        text = f"{i.who} LOST{where} at step {i.lost_at_step}: {i.why}; {there}"
         found.append((f"lost:{i.replica}", text))
     for i in update.recovered:
-        text = f"replica {i.replica} RECOVERED at step {i.recovered_at_step}; {there}"
+        text = f"{i.who} RECOVERED at step {i.recovered_at_step}; {there}"
         found.append((f"recovered:{i.replica}", text))
     for f in update.appeared:
         if f.severity is Severity.CRITICAL:
             found.append((f.key, f"CRITICAL {f.kind}: {f.message}"))
+    if update.ended:
+        found.append(("ended", update.ended))
     return found

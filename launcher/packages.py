@@ -12,8 +12,19 @@ from launcher.model import KitError, UsageError
 from launcher.process import run
 
 #: Debian's and Ubuntu's packages of the parts.
-PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
+PACKAGES = (
+    "slurmctld",
+    "slurmd",
+    "slurm-client",
+    "munge",
+    "iproute2",
+    "util-linux",
+    "mount",
+    "hostname",
+)
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sinfo", "scancel")
+#: Only needed for nodes with a network of their own.
+NETWORK_PROGRAMS = ("ip", "unshare", "nsenter", "mount", "umount", "hostname")
 
 
 def install() -> None:
@@ -23,7 +34,7 @@ def install() -> None:
         UsageError: not root, or not a Debian-like system.
         KitError: apt failed; the message ends with its last words.
     """
-    if all(shutil.which(program) for program in PROGRAMS):
+    if all(shutil.which(program) for program in (*PROGRAMS, *NETWORK_PROGRAMS)):
         return
     if shutil.which("apt-get") is None:
         raise UsageError(f"no apt-get here: install {' '.join(PACKAGES)} (or their like) by hand")

@@ -170,7 +170,7 @@ def _legend(digest: Digest) -> Iterable[str]:
 def _incidents(digest: Digest) -> Iterable[str]:
     yield "<h2>Incidents</h2>"
     if not digest.incidents:
-        yield '<p class="card">None: no replica group was lost.</p>'
+        yield '<p class="card">None: neither a replica group nor the lighthouse was lost.</p>'
         return
     if digest.incidents_left_out:
         yield (
@@ -194,7 +194,7 @@ def _incident(incident: IncidentText, opened: str, dated: bool, columns: int) ->
     cause = escape(incident.cause)
     yield (
         f'<tr id="incident-{incident.number}"><td class="mark">{incident.number}</td>'
-        f'<td>{incident.replica}</td><td class="node">{escape(incident.node) or NOTHING}</td>'
+        f'<td>{incident.who}</td><td class="node">{escape(incident.node) or NOTHING}</td>'
         f'<td class="cause"><div title="{cause}">{cause}</div></td>'
     )
     for moment in incident.moments:

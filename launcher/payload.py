@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,16 +19,28 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signa
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Seconds that torchrun gets to end its ranks; below Slurm's KillWait default of 30.
 GRACE = 20.0
+#: Seconds between two looks at whether it must be killed.
+WATCH_EVERY = 0.2
 
 
 class Payload:
     """One torchrun, from start to exit code."""
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        must_end: Callable[[], str] = lambda: "",
+    ) -> None:
+        """``must_end`` says why it must be killed at once; empty while it need not be. It is
+        asked all the time, and must not block."""
         self._argv = list(argv)
         self._env = dict(env)
+        self._must_end = must_end
         self._process: subprocess.Popen[bytes] | None = None
         self.stopped_by: signal.Signals | None = None
+        self.killed_for = ""
+        """What ``must_end`` said when it was killed."""
         self._kill_at: float | None = None
 
     def run(self) -> int:
@@ -55,8 +67,11 @@ class Payload:
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         while True:
             try:
-                return process.wait(timeout=0.5)
+                return process.wait(timeout=WATCH_EVERY)
             except subprocess.TimeoutExpired:
+                if not self.killed_for and (reason := self._must_end()):
+                    self.killed_for = reason
+                    self._send(signal.SIGKILL)
                 if self._kill_at is not None and time.monotonic() > self._kill_at:
                     self._send(signal.SIGKILL)
 
@@ -80,15 +95,20 @@ class Payload:
             pass
 
 
-def why(failures: Path) -> str:
-    """Which rank failed first and how, from what torchrun left in ``failures``."""
+def why(failures: Path, code: int = 1) -> str:
+    """Which rank failed first and how, from what torchrun left in ``failures``; ``code`` is
+    torchrun's own, as ``Payload.run`` gives it."""
     try:
         records: list[dict[str, Any]] = json.loads(failures.read_text(encoding="utf-8"))
         first = min(records, key=_rank_of_blame)
-        code = int(first["exit_code"])
+        how_it_ended = int(first["exit_code"])
     except (OSError, ValueError, KeyError, TypeError):
+        if code > 128:
+            return f"torchrun was killed by {_signal_name(code - 128)}"
         return "torchrun itself failed; see the lines above"
-    how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}"
+    how = f"exited with code {how_it_ended}"
+    if how_it_ended < 0:
+        how = f"was killed by {_signal_name(-how_it_ended)}"
     message = str(first.get("message", ""))
     because = f": {message}" if message and not message.startswith("Signal ") else ""
     others = f" ({len(records) - 1} more ended with it)" if len(records) > 1 else ""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher import timeouts
 from launcher.config import Site
 from launcher.model import UsageError
 
@@ -39,6 +40,7 @@ def check(site: Site) -> Training:
         _check_tokenizer(Path(str(tokenizer)), site.config)
     if setting(settings, site.extra_args, "training", "dataset") == "jsonl":
         _check_data(setting(settings, site.extra_args, "training", "dataset_path"), site.config)
+    _check_timeouts(settings, site)
     steps = setting(settings, site.extra_args, "training", "steps")
     return Training(settings=settings, steps=_whole(steps, "training.steps"))
 
@@ -106,6 +108,23 @@ def _check_data(path: Any, config: Path) -> None:
         f"no *.jsonl in {place} (training.dataset_path of {config}): "
         "run `python -m launcher assets --debug` for the debug corpus, or mend the path"
     )
+
+
+def _check_timeouts(settings: dict[str, Any], site: Site) -> None:
+    names = {
+        "init_timeout_seconds": "comm",
+        "train_timeout_seconds": "comm",
+        "process_group_timeout_ms": "fault_tolerance",
+    }
+    known = {
+        key: setting(settings, site.extra_args, section, key) for key, section in names.items()
+    }
+    try:
+        found = list(timeouts.problems(known, site.quorum_timeout))
+    except (TypeError, ValueError) as error:
+        found = [f"a timeout is not a number: {error}"]
+    if found:
+        raise UsageError(f"{site.config}: {'; '.join(found)}")
 
 
 def _whole(value: Any, name: str) -> int | None:

@@ -33,12 +33,17 @@ METRICS = (
     Described("tft_step", "Newest committed step of the run"),
     Described("tft_loss", "Latest loss that a replica group reported", ("replica",)),
     Described("tft_tokens_per_second", "Latest speed of rank 0 of a group", ("replica",)),
+    Described("tft_busy_seconds", "Own work of a group in a step, without waiting", ("replica",)),
     Described("tft_replica_step", "Newest committed step of a replica group", ("replica",)),
     Described("tft_replica_state", "1 for the state a group is in, else 0", ("replica", "state")),
     Described("tft_commits_total", "Committed steps, over all replica groups"),
     Described("tft_failed_commits_total", "Steps tried and not committed, over all groups"),
-    Described("tft_incidents_total", "Losses of a replica group, by cause", ("cause",)),
-    Described("tft_time_to_recover_seconds", "Duration of the latest recovery"),
+    Described(
+        "tft_incidents_total",
+        "Losses of a replica group or of the lighthouse, by cause",
+        ("cause",),
+    ),
+    Described("tft_time_to_recover_seconds", "Duration of a replica group's latest recovery"),
     Described("tft_participation", "Mean quorum size over group size, 0 to 1"),
     Described("tft_step_efficiency", "Committed over attempted steps, 0 to 1"),
     Described("tft_findings", "Findings that stand right now", ("kind", "severity")),
@@ -114,6 +119,7 @@ def _samples(update: Update) -> dict[str, list[_Sample]]:
         "tft_tokens_per_second": _known(
             ((name,), group.tokens_per_second) for name, group in groups
         ),
+        "tft_busy_seconds": _known(((name,), group.busy_seconds) for name, group in groups),
         "tft_replica_step": [((name,), group.step) for name, group in groups],
         "tft_replica_state": [
             ((name, state.value), float(group.state is state))

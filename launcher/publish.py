@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from launcher.history import History
@@ -45,7 +44,7 @@ def write(
     history.check(state)
     if state.finished:
         watcher.blind.pop("Slurm", None)  # nothing is left that Slurm could tell
-    end = time.time() if watcher.live_tasks and not state.finished else state.last_event
+    end = state.last_event if state.finished else watcher.present
     path = output or run.report(shape.suffix)
     text = render(shape, run.manifest(), state, history, watcher.findings(end), end)
     replace(path, text)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import json
 import os
 import time
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 from launcher import lighthouse, preflight
 from launcher.command import Torchrun, replica_flags, wandb_flags
 from launcher.config import Site
-from launcher.environment import Task, replica_environment
-from launcher.gpus import GpuSampler
+from launcher.environment import Task
+from launcher.keeper import Keeper
 from launcher.model import UsageError
-from launcher.payload import Payload, complain, say, why
-from launcher.rundir import Manifest, Outputs, RunDir, create_once
+from launcher.payload import say
+from launcher.plan import Plan
+from launcher.records import note
+from launcher.rundir import Manifest, Outputs, RunDir
 from launcher.slurm import Slurm
 
 _ARRAY = ("JOB_ID", "TASK_ID", "TASK_COUNT", "TASK_MIN", "TASK_MAX")
@@ -34,13 +35,16 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
     """
     site = Site.from_environment(env)
     array_id, task, count = _array_task(env)
-    say(f"launching replica {task.replica} (attempt {task.attempt}) on {task.node}")
+    if site.spares >= count:
+        raise UsageError(
+            f"TFT_SPARES={site.spares} of {count} array tasks leaves no replica group: submit "
+            "--array=0-N with one task for each group and one for each spare"
+        )
     training = preflight.check(site)
     outputs = Outputs(site.outputs.absolute())
-    url = lighthouse.discover(outputs, site.lighthouse)
+    url, folder = lighthouse.discover(outputs, site.lighthouse)
     lighthouse.require_answer(url, patience=LIGHTHOUSE_PATIENCE)
     run = outputs.run_of_array(array_id)
-    folder = lighthouse.LighthouseDir.of(outputs, url)
     folder.claim(array_id, slurm)
     if not run.manifest_path.exists():
         try:
@@ -52,11 +56,13 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
         Manifest(
             run=run.name,
             array_job_id=array_id,
-            group_size=count,
+            group_size=count - site.spares,
+            spares=site.spares,
             ranks_per_group=site.ranks_per_node,
             config=str(site.config),
             extra_args=site.extra_args,
             lighthouse=url,
+            lighthouse_name=folder.path.name,
             steps=training.steps,
             submitted_by=env.get("SLURM_JOB_USER", ""),
             created=time.time(),
@@ -64,52 +70,46 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
             settings=training.settings,
         )
     )
-    if task.replica >= manifest.group_size:
+    if task.index >= manifest.group_size + manifest.spares:
         raise UsageError(
-            f"replica {task.replica} is outside run {run.name}, which has {manifest.group_size} "
-            "replica groups (0 and up); its data is split by that number"
+            f"replica {task.index} is outside run {run.name}, which has {manifest.group_size} "
+            f"replica groups (0 and up) and {manifest.spares} spares; its data is split by the former"
         )
     if run.finished.exists():
         # Alone, it would train again from the beginning: there is no peer left to heal from.
         say(f"run {run.name} has finished: nothing is left to train for replica {task.replica}")
-        _note(run, task, "exit", code=0, reason="the run has finished")
+        note(run, task, "exit", code=0, reason="the run has finished")
         return 0
-    return _train(env, site, manifest, run, task)
-
-
-def _train(env: Mapping[str, str], site: Site, manifest: Manifest, run: RunDir, task: Task) -> int:
-    ranks = run.ranks(task.replica, task.attempt)
-    ranks.mkdir(parents=True, exist_ok=True)
-    torchrun = Torchrun(
-        ranks_per_node=manifest.ranks_per_group, log_dir=ranks, node_address=site.node_address
+    plan = Plan(
+        env=env,
+        site=site,
+        manifest=manifest,
+        run=run,
+        limits=site.limits,
+        flags=partial(_flags, env, manifest, run),
+        argv=partial(_argv, site, manifest),
+        slurm_task=f"{array_id}_{task.index}",
     )
-    flags = replica_flags(
+    return Keeper(plan, task, slurm).run()
+
+
+def _flags(env: Mapping[str, str], manifest: Manifest, run: RunDir, task: Task) -> list[str]:
+    """The trainer's flags for one attempt of a replica group."""
+    return replica_flags(
         manifest.config,
         run.path,
         [*wandb_flags(env, manifest.settings, manifest.extra_args), *manifest.extra_args],
         replica=task.replica,
         group_size=manifest.group_size,
     )
-    _note(run, task, "launch")
-    payload = Payload(torchrun.argv(flags), replica_environment(env, site, manifest, run, task))
-    watching = (
-        GpuSampler(partial(_note, run, task)) if site.device == "cuda" else contextlib.nullcontext()
+
+
+def _argv(site: Site, manifest: Manifest, folder: Path, flags: list[str]) -> list[str]:
+    """Command of one node's ranks, whose output is kept in ``folder``."""
+    torchrun = Torchrun(
+        ranks_per_node=manifest.ranks_per_group, log_dir=folder, node_address=site.node_address
     )
-    with watching:
-        code = payload.run()
-    name = f"replica {task.replica} (attempt {task.attempt}) on {task.node}"
-    if payload.stopped_by is not None:
-        reason = f"stopped by {payload.stopped_by.name}"
-        complain(f"{name} was {reason} (node down, requeue, time limit or cancel)")
-    elif code != 0:
-        reason = why(run.failures(task.replica, task.attempt))
-        complain(f"{name} failed: {reason}; every rank's output: {ranks}")
-    else:
-        reason = "finished"
-        create_once(run.finished, json.dumps({"replica": task.replica, "t": time.time()}) + "\n")
-        say(f"{name} finished")
-    _note(run, task, "exit", code=code, reason=reason)
-    return code
+    return torchrun.argv(flags)
 
 
 def _array_task(env: Mapping[str, str]) -> tuple[int, Task, int]:
@@ -135,9 +135,10 @@ def _array_task(env: Mapping[str, str]) -> tuple[int, Task, int]:
             f"the array's indices run from {lowest} to {highest} in {count} tasks; they are the "
             f"replica ids and must be 0 to N-1: submit with --array=0-{count - 1}"
         )
+    index = int(env["SLURM_ARRAY_TASK_ID"])
     task = Task(
-        replica=int(env["SLURM_ARRAY_TASK_ID"]),
-        attempt=int(env.get("SLURM_RESTART_COUNT") or "0") + 1,
+        replica=index,
+        index=index,
         node=env.get("SLURMD_NODENAME") or os.uname().nodename,
     )
     return int(env["SLURM_ARRAY_JOB_ID"]), task, count
@@ -145,20 +146,3 @@ def _array_task(env: Mapping[str, str]) -> tuple[int, Task, int]:
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def _note(run: RunDir, task: Task, kind: str, **fields: object) -> None:
-    """Append one event to the replica group's structured log; a full disk is no reason to die."""
-    event = {
-        "t": round(time.time(), 3),
-        "kind": kind,
-        "replica": task.replica,
-        "attempt": task.attempt,
-        "host": task.node,
-        **fields,
-    }
-    try:
-        with open(run.events(task.replica), "a", encoding="utf-8") as file:
-            file.write(json.dumps(event, separators=(",", ":")) + "\n")
-    except OSError as error:
-        complain(f"an event was lost: {error}")

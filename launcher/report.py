@@ -101,7 +101,7 @@ def _incidents(said: Digest) -> Iterable[str]:
         + ["steps lost", "survivor stall"],
         [
             [
-                *(i.number, i.replica, i.node, i.cause),
+                *(i.number, i.who, i.node, i.cause),
                 *(_moment(moment) for moment in i.moments),
                 *(i.steps_lost, i.survivor_stall),
             ]

@@ -10,7 +10,10 @@
         lighthouse.log            what the lighthouse said while it served this run
         tft-<A>_<a>.out / .err    logs of replica group <a>, all attempts, appended
         tft-<A>_<a>.events.jsonl  its structured events
-        ranks/<a>.<attempt>/      full output of every rank, by torchrun
+        groups/<a>.*              who runs replica group <a>, and how its attempts ended
+        ranks/<a>.<attempt>/      full output of every rank, by torchrun; stacks of hung ones
+        orders.jsonl              what the guardian tells the launchers on the nodes
+        events.jsonl              what the guardian saw and did
         report.html               what `launcher report` made of all that
 """
 
@@ -37,10 +40,15 @@ class Manifest:
     group_size: int
     """Number of replica groups; the data is split by it."""
     ranks_per_group: int
+    spares: int = 0
+    """Further array tasks that stand ready to take a lost group's place."""
     config: str
     """Path of the torchtitan config file, as given."""
     extra_args: tuple[str, ...] = ()
     lighthouse: str = ""
+    """URL of its lighthouse when it started; it may have moved since."""
+    lighthouse_name: str = ""
+    """Folder of that lighthouse, which says where it is now."""
     steps: int | None = None
     """Last step, when the configuration says it."""
     submitted_by: str = ""
@@ -70,6 +78,34 @@ class RunDir:
         return self.path / "lighthouse.log"
 
     @property
+    def orders(self) -> Path:
+        """What the guardian tells the launchers on the nodes."""
+        return self.path / "orders.jsonl"
+
+    @property
+    def guardian_events(self) -> Path:
+        """What the guardian saw of Slurm and did, as structured events."""
+        return self.path / "events.jsonl"
+
+    @property
+    def groups(self) -> Path:
+        """Small files about who runs what."""
+        return self.path / "groups"
+
+    def lease(self, replica: int) -> Path:
+        """Who runs a replica group."""
+        return self.groups / f"{replica}.lease.json"
+
+    def endings(self, replica: int) -> Path:
+        """How the attempts of a replica group ended badly, and what was decided then."""
+        return self.groups / f"{replica}.endings.jsonl"
+
+    @property
+    def guardian_lock(self) -> Path:
+        """Held by the one guardian of this run."""
+        return self.path / ".guardian.lock"
+
+    @property
     def controller_lock(self) -> Path:
         """Held by the one monitor that logs to W&B."""
         return self.path / ".controller.lock"
@@ -95,6 +131,10 @@ class RunDir:
                 if words := [line for line in lines if line.strip()]:
                     return words[-1].strip()
         return ""
+
+    def standby_ranks(self, task: int, number: int) -> Path:
+        """Like ``ranks``, of a spare that has not been any replica group yet."""
+        return self.path / "ranks" / f"spare-{task}.{number}"
 
     def ranks(self, replica: int, attempt: int) -> Path:
         return self.path / "ranks" / f"{replica}.{attempt}"
@@ -212,6 +252,26 @@ def replace(path: Path, content: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def overwrite(path: Path, content: str) -> None:
+    """Write ``path`` in place.
+
+    Network file systems show a change of a file at its next open, and that another file has
+    taken its name perhaps half a minute later. For what others poll; small enough for one write.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        data = content.encode()
+        os.pwrite(handle, data, 0)
+        os.ftruncate(handle, len(data))
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

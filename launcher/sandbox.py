@@ -15,27 +15,26 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import stat
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from launcher import namespaces, slurm_conf
 from launcher.lighthouse import wait_until
 from launcher.model import KitError, UsageError
-from launcher.packages import PACKAGES, PROGRAMS
+from launcher.namespaces import INTERFACE, Network
+from launcher.packages import NETWORK_PROGRAMS, PACKAGES, PROGRAMS
 from launcher.process import run, start_time, still_runs
 from launcher.slurm import Slurm
+from launcher.slurm_conf import GPUS, REQUEUE_DELAY
 
 #: Unix socket paths are limited to 108 bytes: the folder's own path must be short.
 DEFAULT_FOLDER = Path("/run/tft-sandbox")
-CPUS, GPUS, MEMORY_MB = 128, 8, 1_000_000
-#: Slurm's requeue delay is this plus one second (120 by default).
-CRED_EXPIRE = 5
 #: Seconds for each daemon to come up, and to go down.
 START_SECONDS, STOP_SECONDS = 15.0, 8.0
 #: File that marks a folder as a sandbox's own.
@@ -55,6 +54,8 @@ JOB_SETTINGS = {
     "TFT_LIGHTHOUSE_HOST": "127.0.0.1",
     "TFT_WEIGHT_HASH_EVERY": "1",
 }
+#: What of it is different where every node has a network and a host name of its own.
+NETWORK_SETTINGS = {"TFT_INTERFACE": INTERFACE, "TFT_NODE_ADDRESS": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,36 +84,80 @@ class Sandbox:
 
     def environment(self) -> dict[str, str]:
         """What to set in a shell so that Slurm's commands and the kit use this sandbox."""
-        return {"SLURM_CONF": str(self.conf), **JOB_SETTINGS}
+        network = self._network()
+        if network is None:
+            return {"SLURM_CONF": str(self.conf), **JOB_SETTINGS}
+        login = dict.fromkeys(("TFT_LIGHTHOUSE_HOST", "TFT_LIGHTHOUSE_BIND"), network.login)
+        return {"SLURM_CONF": str(self.conf), **JOB_SETTINGS, **NETWORK_SETTINGS, **login}
 
     def slurm(self) -> Slurm:
         """Slurm's commands, aimed at this sandbox whatever the environment says."""
         setting = f"SLURM_CONF={self.conf}"
         return Slurm(lambda argv: run(["env", setting, *argv]))
 
-    def up(self, nodes: int = 3) -> bool:
+    def up(
+        self, nodes: int = 3, *, network: bool = False, requeue_delay: int = REQUEUE_DELAY
+    ) -> bool:
         """Bring the sandbox up; False when it was up already, with as many nodes.
 
+        With ``network`` every node has a network and a host name of its own, and can be `cut`.
+
         Raises:
-            UsageError: not root, a program is missing, or it is up with another size.
+            UsageError: not root, a program is missing, or it is up and of another kind.
             KitError: a daemon does not come up; the message ends with its log's last words.
         """
-        self._require(nodes)
+        self._require(nodes, network)
         if self.folder.exists():
-            if self.running() and self._size() == nodes:
+            is_network = self._network() is not None
+            if self.running() and (self._size(), is_network) == (nodes, network):
                 return False
             if self.running():
                 raise UsageError(
-                    f"the sandbox in {self.folder} is up with {self._size()} nodes, not {nodes}: "
-                    "run `python -m launcher sandbox down` first"
+                    f"the sandbox in {self.folder} is up with {self._size()} nodes "
+                    f"{'with' if is_network else 'without'} networks of their own, which is not "
+                    "what you ask for: run `python -m launcher sandbox down` first"
                 )
             self.down()
         try:
-            self._start(nodes)
+            self._start(nodes, network, requeue_delay)
         except BaseException:
             self.down()
             raise
         return True
+
+    def cut(self, node: str) -> None:
+        """Cut ``node`` off the network, as if its cable were pulled; everything on it goes on.
+
+        Raises:
+            UsageError: there is no such node, or nodes have no network of their own.
+        """
+        self._network_of(node).cut(node)
+
+    def heal(self, node: str) -> None:
+        """Connect ``node`` again; the reverse of `cut`, and raises the same."""
+        self._network_of(node).heal(node)
+
+    def crash(self, node: str) -> None:
+        """Kill every process of ``node`` at once, its slurmd too, as if its power were cut."""
+        self._require_node(node)
+        for daemon in self._daemons():
+            if daemon.name == node and daemon.alive():
+                os.kill(daemon.pid, signal.SIGKILL)
+        doomed: dict[int, psutil.Process] = {}
+        for process in self._job_processes():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get("SLURMD_NODENAME") == node:
+                    steps = [p for p in process.parents() if p.name() == "slurmstepd"]
+                    doomed |= {one.pid: one for one in (*steps, process)}
+        for process in doomed.values():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def restart(self, node: str) -> None:
+        """Start slurmd of a node that has crashed; nothing when it runs."""
+        self._require_node(node)
+        if not any(daemon.name == node and daemon.alive() for daemon in self._daemons()):
+            self._launch_node(node, self._network())
 
     def running(self) -> bool:
         daemons = self._daemons()
@@ -143,15 +188,17 @@ class Sandbox:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(STOP_SECONDS)
         self._children.clear()
+        namespaces.remove(self._net)
         shutil.rmtree(self.folder, ignore_errors=True)
         return True
 
     # -- starting ---------------------------------------------------------------
 
-    def _require(self, nodes: int) -> None:
+    def _require(self, nodes: int, network: bool) -> None:
         if os.geteuid() != 0:
             raise UsageError("the sandbox starts Slurm's daemons, which needs root: use sudo")
-        missing = [program for program in PROGRAMS if shutil.which(program) is None]
+        programs = [*PROGRAMS, *(NETWORK_PROGRAMS if network else ())]
+        missing = [program for program in programs if shutil.which(program) is None]
         if missing:
             raise UsageError(
                 f"not installed: {', '.join(missing)}; `python -m launcher sandbox install` "
@@ -170,6 +217,8 @@ class Sandbox:
             raise UsageError(
                 f"{self.folder} is too long a path for the sandbox's sockets: choose a shorter one"
             )
+        if network:
+            namespaces.require()
 
     def _require_ours(self) -> None:
         """Only a folder that ``up`` made is ever used or removed."""
@@ -179,25 +228,27 @@ class Sandbox:
                 f"{self.folder} is there and is no sandbox's: choose a folder that does not exist"
             )
 
-    def _start(self, nodes: int) -> None:
+    def _start(self, nodes: int, wants_network: bool, requeue_delay: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / MARK).write_text("made by `python -m launcher sandbox up`\n")
         os.chmod(self.folder, 0o755)  # noqa: S103 - munge checks that others cannot write
         (self.folder / "daemons.json").write_text("[]")
         for name in ("munge", "ctld", "log", "gpus"):
             (self.folder / name).mkdir(exist_ok=True)
+        names = _names(nodes)
+        network = namespaces.create(self._net, names) if wants_network else None
         self._make_gpus()
         self._start_munge()
-        with _free_ports(nodes + 1) as ports:
-            self._write_configuration(nodes, ports)
-        self._launch("slurmctld", ["slurmctld", "-D", "-i"])
-        for number in range(nodes):
-            name = f"worker-{number}"
+        slurm_conf.write(self.folder, names, network, self._munge_socket, requeue_delay)
+        controller = ["slurmctld", "-D", "-i"]
+        self._launch("slurmctld", network.at_login(controller) if network else controller)
+        for name in names:
             (self.folder / "spool" / name).mkdir(parents=True, exist_ok=True)
-            self._launch(name, ["slurmd", "-D", "-N", name])
+            self._launch_node(name, network)
         self._wait_until_idle(nodes)
         # Written last: a sandbox without it was cut short while it came up.
-        (self.folder / "nodes.json").write_text(json.dumps({"nodes": nodes}))
+        kind = {"nodes": nodes, "network": network.subnet if network else None}
+        (self.folder / "nodes.json").write_text(json.dumps(kind))
 
     def _make_gpus(self) -> None:
         for index in range(GPUS):
@@ -222,58 +273,6 @@ class Sandbox:
     def _munge_socket(self) -> Path:
         return self.folder / "munge" / "socket"
 
-    def _write_configuration(self, nodes: int, ports: list[int]) -> None:
-        names = f"worker-[0-{nodes - 1}]" if nodes > 1 else "worker-0"
-        host = socket.gethostname()
-        auth = f"socket={self._munge_socket}"
-        lines = [
-            "ClusterName=tft-sandbox",
-            f"SlurmctldHost={host}(127.0.0.1)",
-            f"SlurmctldPort={ports[0]}",
-            f"FirstJobId={1 + int(time.time()) % 10_000_000}",  # never an earlier sandbox's id
-            "SlurmUser=root",
-            "SlurmdUser=root",
-            "AuthType=auth/munge",
-            f"AuthInfo={auth},cred_expire={CRED_EXPIRE}",
-            f"StateSaveLocation={self.folder / 'ctld'}",
-            f"SlurmdSpoolDir={self.folder / 'spool' / '%n'}",
-            f"SlurmctldPidFile={self.folder / 'slurmctld.pid'}",
-            f"SlurmdPidFile={self.folder / 'slurmd-%n.pid'}",
-            f"SlurmctldLogFile={self.folder / 'log' / 'slurmctld.log'}",
-            f"SlurmdLogFile={self.folder / 'log' / '%n.log'}",
-            "SlurmdParameters=config_overrides",
-            "SelectType=select/cons_tres",
-            "SelectTypeParameters=CR_Core",
-            "GresTypes=gpu",
-            "TaskPlugin=task/none",
-            "ProctrackType=proctrack/linuxproc",
-            "JobAcctGatherType=jobacct_gather/none",
-            "AccountingStorageType=accounting_storage/none",
-            "MpiDefault=none",
-            "SwitchType=switch/none",
-            "ReturnToService=1",
-            "KillWait=5",
-            "SlurmdTimeout=15",
-            "InactiveLimit=0",
-            "MinJobAge=3600",
-            (
-                "SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,sched_interval=1,"
-                "bf_interval=1"
-            ),
-        ]
-        for number, port in enumerate(ports[1:]):
-            lines.append(
-                f"NodeName=worker-{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
-                f"CPUs={CPUS} RealMemory={MEMORY_MB} Gres=gpu:{GPUS} State=UNKNOWN"
-            )
-        lines.append(f"PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP")
-        self.conf.write_text("\n".join(lines) + "\n")
-        (self.folder / "gres.conf").write_text(
-            f"NodeName={names} Name=gpu File={self.folder / 'gpus'}/gpu[0-{GPUS - 1}]\n"
-        )
-        # Tracking by process family only: no cgroup of this machine is touched.
-        (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
-
     def _launch(self, name: str, argv: list[str]) -> None:
         with (self.folder / "log" / f"{name}.start").open("wb") as log:
             process = subprocess.Popen(
@@ -287,11 +286,15 @@ class Sandbox:
             )
         self._children.append(process)
         daemon = Daemon(name, process.pid, start_time(process.pid))
-        records = [*self._daemons(), daemon]
+        records = [*(one for one in self._daemons() if one.name != name), daemon]
         text = json.dumps([[d.name, d.pid, d.started] for d in records])
         (self.folder / "daemons.json").write_text(text)
         if wait_until(lambda: process.poll() is not None, 0.05):
             raise self._did_not_start(name)
+
+    def _launch_node(self, name: str, network: Network | None) -> None:
+        slurmd = ["slurmd", "-D", "-N", name]
+        self._launch(name, network.inside(name, slurmd) if network else slurmd)
 
     def _wait_until_idle(self, nodes: int) -> None:
         slurm = self.slurm()
@@ -321,11 +324,39 @@ class Sandbox:
         except (OSError, ValueError, TypeError):
             return []
 
-    def _size(self) -> int:
+    @property
+    def _net(self) -> Path:
+        return self.folder / "net"
+
+    def _kind(self) -> dict[str, Any]:
         try:
-            return int(json.loads((self.folder / "nodes.json").read_text())["nodes"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
+            return dict(json.loads((self.folder / "nodes.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def _size(self) -> int:
+        return int(self._kind().get("nodes", 0))
+
+    def _network(self) -> Network | None:
+        subnet = self._kind().get("network")
+        return Network(self._net, subnet) if subnet else None
+
+    def _network_of(self, node: str) -> Network:
+        network = self._network()
+        if self._size() and network is None:
+            raise UsageError(
+                f"the nodes of the sandbox in {self.folder} share this machine's network: only "
+                "those of `python -m launcher sandbox up --network` can be cut off"
+            )
+        self._require_node(node)
+        assert network is not None
+        return network
+
+    def _require_node(self, node: str) -> None:
+        if not self._size():
+            raise UsageError(f"no sandbox is up in {self.folder}")
+        if node not in (names := _names(self._size())):
+            raise UsageError(f"the sandbox has no node {node!r}: it has {', '.join(names)}")
 
     def _kill_job_processes(self, parts: frozenset[str] = frozenset({"slurmstepd"})) -> None:
         for process in self._job_processes(parts):
@@ -345,6 +376,10 @@ class Sandbox:
                     yield process
 
 
+def _names(nodes: int) -> list[str]:
+    return [f"worker-{number}" for number in range(nodes)]
+
+
 def _daemon_environment(conf: Path) -> dict[str, str]:
     """A clean environment: nothing of the caller's Slurm job or shell leaks into nodes."""
     kept = {key: os.environ[key] for key in ("PATH", "LANG", "HOME", "TZ") if key in os.environ}
@@ -362,16 +397,3 @@ def _end(daemon: Daemon) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(daemon.pid, signal.SIGKILL)
         wait_until(lambda: not daemon.alive(), STOP_SECONDS)
-
-
-@contextlib.contextmanager
-def _free_ports(count: int) -> Iterator[list[int]]:
-    """Ports nobody listens on, held until the block is left."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        yield [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

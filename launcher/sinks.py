@@ -62,14 +62,16 @@ class Update:
     causes: Mapping[str, int]
     """Number of incidents by cause."""
     last_recovery: float | None
-    """Seconds that the latest recovery took."""
+    """Seconds that the latest recovery of a replica group took."""
     weights_differences: int
     blind: bool
+    ended: str = ""
+    """How the run ended early; empty while it did not."""
 
     @property
     def news(self) -> bool:
         """Whether anything has happened since the look before."""
-        return bool(self.notices or self.incidents or self.appeared or self.gone)
+        return bool(self.notices or self.incidents or self.appeared or self.gone or self.ended)
 
 
 class Sink(Protocol):
@@ -102,11 +104,16 @@ class Delivery:
         findings: Sequence[Finding],
         *,
         blind: bool,
+        ended: str = "",
     ) -> list[Notice]:
-        """Queue the news; returns what there is to tell of the sinks themselves."""
+        """Queue the news; returns what there is to tell of the sinks themselves.
+
+        Args:
+            ended: how the run ended early, at the last look of all.
+        """
         if not self._workers:
             return []
-        update = self._update(state, notices, findings, blind)
+        update = self._update(state, notices, findings, blind, ended)
         for worker in self._workers:
             worker.offer(update)
         return [Notice(update.t, text) for worker in self._workers for text in worker.told()]
@@ -121,7 +128,12 @@ class Delivery:
         return [text for worker in self._workers for text in [*worker.told(), *worker.summary()]]
 
     def _update(
-        self, state: RunState, notices: Sequence[Notice], findings: Sequence[Finding], blind: bool
+        self,
+        state: RunState,
+        notices: Sequence[Notice],
+        findings: Sequence[Finding],
+        blind: bool,
+        ended: str,
     ) -> Update:
         now = self._clock()
         before, current = self._findings, {finding.key: finding for finding in findings}
@@ -138,13 +150,13 @@ class Delivery:
             changed.append(copy)
             if old is None and now - copy.first_sign < FRESH_SECONDS:
                 lost.append(copy)
-            ended = copy.recovered_at
-            if ended is not None and (old is None or old.recovered_at is None):
-                recovered += [copy] if now - ended < FRESH_SECONDS else []
+            back = copy.recovered_at
+            if back is not None and (old is None or old.recovered_at is None):
+                recovered += [copy] if now - back < FRESH_SECONDS else []
         times = [
             (i.recovered_at, i.recovered_at - i.lost_at)
             for i in state.incidents
-            if i.recovered_at is not None
+            if i.recovered_at is not None and i.replica is not None
         ]
         return Update(
             t=now,
@@ -168,6 +180,7 @@ class Delivery:
             last_recovery=max(times)[1] if times else None,
             weights_differences=state.weights.differences,
             blind=blind,
+            ended=ended,
         )
 
 

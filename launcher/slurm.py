@@ -63,6 +63,11 @@ class Node:
     def up(self) -> bool:
         return not re.match(r"down|drain|drng|fail|unk|boot|power|maint", self.state)
 
+    @property
+    def responds(self) -> bool:
+        """Whether its slurmd answers the controller; sinfo marks one that does not by a star."""
+        return not self.state.endswith("*")
+
 
 class Slurm:
     """Slurm's commands, with an injected way to run them."""
@@ -124,6 +129,25 @@ class Slurm:
                 )
         return list(found.values())
 
+    def arrays_on(self, node: str) -> list[int]:
+        """Jobs (of an array: its id) of anybody's that run or end on ``node``.
+
+        Raises:
+            BlindError: the controller could not be asked.
+        """
+        done = self._run(["squeue", "--noheader", f"--nodelist={node}", "--format=%F"])
+        if done.code != 0:
+            raise _blind(done)
+        return sorted({int(word) for word in done.out.split() if word.isdigit()})
+
+    def time_limit(self, task: str) -> str:
+        """Time limit of an array task, as Slurm writes it."""
+        done = self._ok(["scontrol", "--oneliner", "show", "job", _task_name(task)])
+        match = re.search(r"\bTimeLimit=(\S+)", done.out)
+        if match is None:
+            raise BlindError(f"scontrol shows no time limit for {task}: {done.out.strip()[:200]}")
+        return match[1]
+
     def node_address(self, name: str) -> str:
         """Address under which the cluster reaches node ``name`` (``NodeAddr``)."""
         done = self._ok(["scontrol", "--oneliner", "show", "node", name])
@@ -144,6 +168,35 @@ class Slurm:
             raise SlurmError(f"sbatch did not answer with a job id: {done.out.strip()!r}")
         return int(match[1])
 
+    def requeue(self, task: str) -> None:
+        """Put an array task (``<array job>_<index>``) back into the queue. Its owner may.
+
+        Always by that name: the job id of an array's last task is the array's own, and
+        requeues all of it.
+        """
+        self._ok(["scontrol", "requeue", _task_name(task)])
+
+    def release(self, task: str) -> None:
+        """Let a task run that Slurm holds."""
+        self._ok(["scontrol", "release", _task_name(task)])
+
+    def start_now(self, task: str, exclude: Sequence[str] | None = None) -> None:
+        """Cut short the time that a requeued task waits (reason BeginTime). Its owner may.
+
+        Args:
+            exclude: nodes on which it must not start; None leaves that as it is.
+        """
+        argv = ["scontrol", "update", f"JobId={_task_name(task)}", "StartTime=now"]
+        self._ok(argv if exclude is None else [*argv, f"ExcNodeList={','.join(exclude)}"])
+
+    def excluded_nodes(self, task: str) -> list[str]:
+        """Nodes on which a task must not start, one by one."""
+        done = self._ok(["scontrol", "--oneliner", "show", "job", _task_name(task)])
+        match = re.search(r"\bExcNodeList=(\S+)", done.out)
+        if match is None or match[1] == "(null)":
+            return []
+        return self.hostnames(match[1])
+
     def set_node_state(self, name: str, state: str, reason: str = "") -> None:
         """``scontrol update NodeName=… State=…``; needs an operator's rights."""
         argv = ["scontrol", "update", f"NodeName={name}", f"State={state}"]
@@ -160,6 +213,12 @@ class Slurm:
             said = (done.err or done.out).strip()
             raise SlurmError(f"{' '.join(argv)}: {said or f'exit code {done.code}'}")
         return done
+
+
+def _task_name(task: str) -> str:
+    if not re.fullmatch(r"\d+_\d+", task):
+        raise ValueError(f"not an array task's name: {task!r}")
+    return task
 
 
 def _job(line: str) -> Job:

@@ -70,8 +70,10 @@ def figures(state: RunState, now: float | None = None) -> dict[str, float | None
         size; ``step_efficiency``: committed over attempted steps; ``training_efficiency``:
         the product of the last two. None where nothing has been measured yet.
     """
-    detect = [i.detected_at - i.first_sign for i in state.incidents if i.detected_at is not None]
-    recover = [i.recovered_at - i.lost_at for i in state.incidents if i.recovered_at is not None]
+    # Of replica groups: the lighthouse is not noticed by a quorum, and comes back in another way.
+    groups = [i for i in state.incidents if i.replica is not None]
+    detect = [i.detected_at - i.first_sign for i in groups if i.detected_at is not None]
+    recover = [i.recovered_at - i.lost_at for i in groups if i.recovered_at is not None]
     member_seconds, seconds = state.member_seconds, state.seconds_full + state.seconds_below_full
     if state.quorum_since is not None and state.members:
         end = state.last_event if now is None or state.finished else now

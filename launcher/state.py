@@ -1,85 +1,50 @@
-"""The state of a run: a pure fold of events and of what Slurm says, with the story it tells.
+"""The state of a run: a pure fold of events and of what is observed, with the story it tells.
 
 Its size depends on the number of replica groups and incidents, never on the number of steps.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from launcher.contacts import Contacts
 from launcher.events import Event
-from launcher.groups import Group
-from launcher.incidents import SIGN_WINDOW, Incident, Sign, hang_sign, same_process_sign, sign_of
+from launcher.groups import Group, replaced
+from launcher.incidents import (
+    Cause,
+    Incident,
+    Sign,
+    contact_sign,
+    hang_sign,
+    left_out_sign,
+    lighthouse_sign,
+    restart_sign,
+    same_process_sign,
+    sign_of,
+)
 from launcher.model import GroupState
-from launcher.slurm import Job
-from launcher.weights import WeightLedger
+from launcher.observed import Notice, Observed
+from launcher.restarts import UNFIT
+from launcher.timeouts import HANG_SECONDS
 
-#: Seconds that others must have waited for a group before its silence counts as a hang.
-HANG_SECONDS = 8.0
-#: Incidents kept; older ones are only counted.
-MOST_INCIDENTS = 2000
+__all__ = ["Notice", "RunState"]
 
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """One line of the story."""
-
-    t: float
-    text: str
+#: Weight of the newest measurement in the moving mean of a group's own work.
+BUSY_WEIGHT = 0.2
+#: Kinds that are told of a copy of a group by another, or when another one runs already.
+TOLD_OF_OTHERS = frozenset({"fenced", "action"})
+_TIMED_OUT = re.compile(r"time[d ]*out|deadline|Cancelled", re.IGNORECASE)
 
 
 @dataclass(slots=True)
-class RunState:
+class RunState(Observed):
     """Everything known of a run after some events."""
 
-    group_size: int
-    """Replica groups of the whole run; 0 when it is not known (bare logs)."""
-    steps: int | None = None
-    """Last step of the training, when it is known."""
-    groups: dict[int, Group] = field(default_factory=dict)
-    quorum_id: int = 0
-    quorum_since: float | None = None
-    step: int = 0
-    members: dict[int, str] = field(default_factory=dict)
-    """Replica groups in the current quorum, with the uuid of the copy that is in it."""
-    second_copies: dict[int, list[str]] = field(default_factory=dict)
-    """Groups of which two copies are in the current quorum, with their uuids."""
-    incidents: list[Incident] = field(default_factory=list)
-    weights: WeightLedger = field(default_factory=WeightLedger)
-    first_event: float | None = None
-    last_event: float = 0.0
-    seconds_full: float = 0.0
-    seconds_below_full: float = 0.0
-    member_seconds: float = 0.0
-    """Integral of the quorum's size over time, for the mean participation."""
     events: int = 0
-    lighthouse_starts: int = 0
-    lighthouse_errors: deque[float] = field(default_factory=lambda: deque(maxlen=64))
-    """Times at which replicas could not reach the lighthouse."""
-    _seen_full: bool = False
-
-    def __post_init__(self) -> None:
-        for replica in range(self.group_size):
-            self.groups.setdefault(replica, Group(replica=replica))
-
-    @property
-    def size(self) -> int:
-        return self.group_size or len(self.groups)
-
-    @property
-    def finished(self) -> bool:
-        return bool(self.groups) and all(g.state is GroupState.DONE for g in self.groups.values())
-
-    def group(self, replica: int) -> Group:
-        return self.groups.setdefault(replica, Group(replica=replica))
-
-    def open_incident(self, replica: int) -> Incident | None:
-        for incident in reversed(self.incidents):
-            if incident.replica == replica:
-                return incident if incident.recovered_at is None else None
-        return None
+    unfit: dict[str, float] = field(default_factory=dict)
+    """Nodes that were found unfit for training, and when."""
 
     def apply(self, event: Event) -> list[Notice]:
         """Fold one event in; returns what a person wants to hear of it."""
@@ -90,42 +55,30 @@ class RunState:
         if event.kind == "membership":
             return self._membership(event)
         if event.kind == "listening":
-            self.lighthouse_starts += 1
-            if self.lighthouse_starts > 1 or self.quorum_id:
-                return [Notice(event.t, "the lighthouse was started again")]
+            return self._listening(event)
         if event.kind in ("heartbeat_failed", "quorum_failed"):
             self.lighthouse_errors.append(event.t)
         if event.replica is None or event.replica > 1_000_000:
             return []
         group = self.group(event.replica)
-        sign = sign_of(event)
+        sign = (lighthouse_sign(event) if self.outage is not None else None) or sign_of(event)
+        if event.kind not in TOLD_OF_OTHERS and replaced(group, event):
+            return self._of_a_replaced_copy(group, event, sign)
         if sign is not None:
             self._sign(group, sign)
         handler = getattr(self, f"_{event.kind}", None)
         return [] if handler is None else list(handler(group, event))
 
-    def observe(self, jobs: Iterable[Job], now: float) -> list[Notice]:
-        """Fold in what Slurm says of the run's array tasks."""
-        notices = []
-        for job in jobs:
-            if job.task is None or job.task not in self.groups:
-                continue
-            group = self.groups[job.task]
-            waiting = job.reason if job.state == "PENDING" and job.reason != "None" else ""
-            if waiting and group.attempt and group.state is not GroupState.DONE:
-                incident = self.open_incident(job.task)
-                if incident is not None and incident.requeued_at is None:
-                    incident.requeued_at = now
-                if group.state is not GroupState.REQUEUED:
-                    notices.append(
-                        Notice(now, f"replica {job.task} requeued by Slurm, waiting ({waiting})")
-                    )
-                    self._enter(group, GroupState.REQUEUED, now)
-            group.waiting, group.slurm_state = waiting, job.state
-            group.expected_start = job.start if job.state == "PENDING" else ""
-        return notices
-
     # -- the lighthouse's view -----------------------------------------------------
+
+    def _listening(self, event: Event) -> list[Notice]:
+        self.lighthouse_starts += 1
+        if self.lighthouse_starts == 1 and not self.quorum_id:
+            return []
+        if self.quorum_id and not all(self.group(r).ended_ok for r in self.members):
+            outage = self.open_outage(event.t, [restart_sign(event)])
+            outage.started_at, outage.rejoined_at = event.t, None
+        return [Notice(event.t, "the lighthouse was started again")]
 
     def _membership(self, event: Event) -> list[Notice]:
         entries: list[tuple[int, str, int, str]] = event.fields["members"]
@@ -136,23 +89,30 @@ class RunState:
             if replica in now:
                 self.second_copies.setdefault(replica, [now[replica]]).append(uuid)
             now[replica], steps[replica] = uuid, step
-        self._count_time(event.t)
+        self.count_time(event.t)
+        for group in self.groups.values():
+            # Measured in another quorum, with another load on network and nodes: not comparable.
+            group.busy_seconds, group.busy_samples = None, 0
         before, self.members = self.members, now
         self.quorum_id, self.quorum_since = event.fields["quorum_id"], event.t
         top = max(steps.values(), default=0)
         self.step = max(self.step, top)
+        outage = self.outage
         changes = []
         for replica in sorted(set(before) - set(now)):
             if not self.group(replica).ended_ok:
-                self._lost(event, replica, top)
+                lost = self._lost(event, replica, top)
+                lost.explain([left_out_sign(event.t, event.source)] if outage is not None else [])
                 changes.append(f"replica {replica} LOST")
         for replica in sorted(now):
             if before.get(replica) != now[replica]:
                 changes.append(self._joined(event, replica, before, steps[replica], top))
         for replica, uuids in self.second_copies.items():
             changes.append(f"replica {replica} is there {len(uuids)} times")
+        if outage is not None:
+            outage.rejoined_at = outage.rejoined_at or event.t
         if len(now) >= self.size:
-            self._seen_full = True
+            self.seen_full = True
             for incident in self.incidents[-64:]:
                 if incident.rejoined_at is not None and incident.full_strength_at is None:
                     incident.full_strength_at = event.t
@@ -160,62 +120,41 @@ class RunState:
         what = f"; {', '.join(changes)}" if changes else ""
         return [Notice(event.t, f"quorum {self.quorum_id} at step {top}: {size}{what}")]
 
-    def _lost(self, event: Event, replica: int, step: int) -> None:
+    def _lost(self, event: Event, replica: int, step: int) -> Incident:
         group = self.group(replica)
-        incident = self._open(replica, event.t, step)
+        incident = self.open(replica, event.t, step)
         incident.detected_at = event.t
+        incident.rejoined_at = incident.healed_at = None  # it may be lost again before it was back
         waited = event.get("waited")
         if waited is not None and waited.since is not None and replica not in waited.requested:
             seconds = event.t - waited.since
-            if waited.requested and seconds > HANG_SECONDS:
-                sign = hang_sign(waited.since, seconds, event.source)
-                incident.explain([sign])
+            ended = incident.end_told(waited.since + HANG_SECONDS)  # another one was waited for
+            if waited.requested and seconds > HANG_SECONDS and not ended:
+                incident.explain([hang_sign(waited.since, seconds, event.source)])
         if group.state not in (GroupState.STARTING, GroupState.REQUEUED):
-            self._enter(group, GroupState.LOST, event.t)
+            self.enter(group, GroupState.LOST, event.t)
+        return incident
 
     def _joined(
         self, event: Event, replica: int, before: dict[int, str], step: int, top: int
     ) -> str:
         group = self.group(replica)
         behind = step < top
-        self._enter(group, GroupState.HEALING if behind else GroupState.TRAINING, event.t)
+        self.enter(group, GroupState.HEALING if behind else GroupState.TRAINING, event.t)
         incident = self.open_incident(replica)
         if incident is None and replica in before:
             # A new copy in place of the old one, with no quorum in between.
-            incident = self._open(replica, event.t, top)
+            incident = self.open(replica, event.t, top)
             incident.detected_at = event.t
         if incident is not None:
             incident.rejoined_at = incident.rejoined_at or event.t
-            if incident.started_at is None and incident.lost_uuid == self.members[replica]:
+            group.reached("quorum", event.t)
+            same = incident.started_at is None and incident.lost_uuid == self.members[replica]
+            if same and incident.cause is not Cause.LIGHTHOUSE_LOST:
                 incident.explain([same_process_sign(incident.lost_at, event.source)])
         return f"replica {replica} joined" + (" (behind: will heal)" if behind else "")
 
-    def _open(self, replica: int, t: float, step: int) -> Incident:
-        group = self.group(replica)
-        incident = self.open_incident(replica)
-        if incident is None:
-            incident = Incident(replica=replica, host=group.host, first_sign=t, lost_at_step=step)
-            incident.lost_uuid = group.uuid
-            self.incidents.append(incident)
-            del self.incidents[:-MOST_INCIDENTS]
-        incident.explain([sign for sign in group.signs if t - sign.t < SIGN_WINDOW])
-        return incident
-
-    def _count_time(self, t: float) -> None:
-        if self.quorum_since is None or not self.members:
-            return
-        seconds = max(0.0, t - self.quorum_since)
-        self.member_seconds += seconds * len(self.members)
-        if len(self.members) >= self.size:
-            self.seconds_full += seconds
-        elif self._seen_full:
-            self.seconds_below_full += seconds
-
     # -- a replica group's own view: one method a kind of event ----------------------
-
-    def _enter(self, group: Group, state: GroupState, t: float) -> None:
-        if group.state is not state:
-            group.state, group.since = state, t
 
     def _sign(self, group: Group, sign: Sign) -> None:
         group.signs.append(sign)
@@ -224,24 +163,51 @@ class RunState:
         if incident is not None and incident.started_at is None:
             incident.explain([sign])
 
+    def _of_a_replaced_copy(self, group: Group, event: Event, sign: Sign | None) -> list[Notice]:
+        """What the copy before says, after its node could be reached again: it may tell of its
+        own end, and nothing of the copy that runs now."""
+        incident = self.open_incident(group.replica)
+        if sign is not None and incident is not None:
+            incident.explain([sign])
+        if event.kind != "exit":
+            return []
+        name = f"the copy of replica {group.replica} before (attempt {event.get('attempt')})"
+        return [Notice(event.t, f"{name} ended on {event.get('host')}: {event.get('reason')}")]
+
     def _launch(self, group: Group, event: Event) -> Iterable[Notice]:
         group.attempt = int(event.get("attempt", 1))
         group.host = str(event.get("host", ""))
-        group.last_commit, group.ended_ok = None, False
+        group.task = event.get("task")
+        group.last_commit, group.ended_ok, group.ended = None, False, False
+        group.next, group.busy = "", ""
         group.gpus, group.ecc_before = {}, {}
-        self._enter(group, GroupState.STARTING, event.t)
+        group.boot, group.boot_at = {}, event.t
+        group.busy_seconds, group.busy_samples = None, 0
+        self.enter(group, GroupState.STARTING, event.t)
         incident = self.open_incident(group.replica)
         if incident is None and group.attempt > 1 and group.signs:
-            incident = self._open(group.replica, event.t, group.step)
+            incident = self.open(group.replica, event.t, group.step)
         if incident is not None:
-            incident.started_at = event.t
+            incident.started_at, incident.boot = event.t, group.boot
         group.signs = []
         text = f"replica {group.replica} launched (attempt {group.attempt}) on {group.host}"
         yield Notice(event.t, text)
 
+    def _start(self, group: Group, event: Event) -> Iterable[Notice]:
+        if int(event.get("rank", 0)) == 0:
+            if event.get("begun"):
+                group.reached("torchrun", float(event.fields["begun"]))
+            group.reached("imports", event.t)
+        return ()
+
+    def _ready(self, group: Group, event: Event) -> Iterable[Notice]:
+        if int(event.get("rank", 0)) == 0:
+            group.reached("model", event.t)
+        return ()
+
     def _healing(self, group: Group, event: Event) -> Iterable[Notice]:
         if int(event.get("max_step", 0)) > 0:
-            self._enter(group, GroupState.HEALING, event.t)
+            self.enter(group, GroupState.HEALING, event.t)
         return ()
 
     def _heal(self, group: Group, event: Event) -> Iterable[Notice]:
@@ -249,6 +215,8 @@ class RunState:
         if step == 0 or int(event.get("rank", 0)) != 0:
             return  # everyone takes replica 0's weights at the very start
         incident = self.open_incident(group.replica)
+        if group.state is GroupState.STALLED:
+            self.enter(group, GroupState.HEALING, event.t)
         if incident is not None:
             incident.healed_from, incident.healed_at = source, event.t
         yield Notice(
@@ -275,13 +243,19 @@ class RunState:
             yield Notice(t, f"replica {group.replica} failed to commit step {step}")
             return
         group.commits += 1
+        group.reached("first step", t)
         group.step = step + 1
         self.step = max(self.step, group.step)
-        self._enter(group, GroupState.TRAINING, t)
+        self.enter(group, GroupState.TRAINING, t)
         self._pause(group, t)
-        group.last_commit, group.failed_since_commit = t, 0
+        yield from self._lighthouse_serves(group, t)
+        group.last_commit, group.failed_since_commit, group.requeues = t, 0, 0
         # It got over the errors it logged; only what comes from outside still counts.
-        group.signs = [sign for sign in group.signs if sign.weight > 3]
+        group.signs = [
+            sign
+            for sign in group.signs
+            if sign.weight > 3 and sign.cause is not Cause.LIGHTHOUSE_LOST
+        ]
         incident = self.open_incident(group.replica)
         if incident is not None and (incident.started_over or group.step < incident.lost_at_step):
             if not incident.started_over:
@@ -311,15 +285,56 @@ class RunState:
         mean = group.step_seconds
         group.step_seconds = pause if mean is None else mean + 0.1 * (pause - mean)
         for incident in self.incidents[-64:]:
-            if incident.replica != group.replica and before <= incident.lost_at <= t:
+            if incident.touches(group.replica, before, t):
                 incident.survivor_stall_s = max(incident.survivor_stall_s, pause)
                 incident.steps_lost = max(incident.steps_lost, group.failed_since_commit)
+
+    def _heartbeat_failed(self, group: Group, event: Event) -> Iterable[Notice]:
+        self.contacts.failed(group.replica, contact_sign(event))
+        signs = self.contacts.lost(self.members, event.t)
+        if signs:
+            if self.outage is None:
+                yield Notice(event.t, "the replica groups cannot reach the lighthouse")
+            self.open_outage(event.t, signs)
+
+    def _quorum_failed(self, group: Group, event: Event) -> Iterable[Notice]:
+        # Where nobody answered within the time, it may have been other groups that did not join.
+        if not _TIMED_OUT.search(str(event.get("text", ""))):
+            yield from self._heartbeat_failed(group, event)
+
+    def _lighthouse_serves(self, group: Group, t: float) -> Iterable[Notice]:
+        """A commit at ``t`` ends an outage, if the lighthouse was asked for it since.
+
+        That is after its first quorum since then; where there was none (it was cut off, not
+        restarted), at the second commit without a failed contact in between: the first one may
+        have been agreed on before.
+        """
+        outage, before = self.outage, group.last_commit
+        failed = group.replica in self.contacts.first
+        self.contacts.worked(group.replica)
+        if outage is None:
+            return
+        again = before is not None and before >= outage.lost_at and not failed
+        if outage.rejoined_at is None and (outage.started_at is not None or not again):
+            return
+        outage.recovered_at, outage.recovered_at_step = t, group.step
+        self.contacts, self.outage = Contacts(), None
+        yield Notice(
+            t,
+            f"the lighthouse is back: replica {group.replica} commits again at step {group.step}, "
+            f"{t - outage.first_sign:.1f} s after the first sign of its loss",
+        )
 
     def _metrics(self, group: Group, event: Event) -> Iterable[Notice]:
         loss = event.get("loss")
         group.loss = float(loss) if isinstance(loss, int | float) else None
         speed = event.get("tokens_per_second")
         group.tokens_per_second = float(speed) if isinstance(speed, int | float) else None
+        busy = event.get("busy_seconds")
+        if isinstance(busy, int | float) and 0 < busy < float("inf"):
+            mean = group.busy_seconds
+            group.busy_seconds = busy if mean is None else mean + BUSY_WEIGHT * (busy - mean)
+            group.busy_samples += 1
         return ()
 
     def _gpu(self, group: Group, event: Event) -> Iterable[Notice]:
@@ -352,14 +367,33 @@ class RunState:
 
     def _exit(self, group: Group, event: Event) -> Iterable[Notice]:
         code, reason = int(event.get("code", 1)), str(event.get("reason", ""))
+        group.ended, group.next = True, str(event.get("next", ""))
+        if reason.startswith(UNFIT):
+            self.unfit[group.host] = event.t
         name = f"replica {group.replica} (attempt {group.attempt})"
         if code == 0:
             group.ended_ok = True
-            self._enter(group, GroupState.DONE, event.t)
+            self.enter(group, GroupState.DONE, event.t)
             yield Notice(event.t, f"{name} finished at step {group.step}")
             return
         group.ended_ok = False
-        self._enter(group, GroupState.LOST, event.t)
+        self.enter(group, GroupState.LOST, event.t)
         if group.replica in self.members:
-            self._open(group.replica, event.t, group.step)
-        yield Notice(event.t, f"{name} on {group.host} ended with exit code {code}: {reason}")
+            self.open(group.replica, event.t, group.step)
+        then = f"; {group.next} ({event.get('why')})" if group.next else ""
+        yield Notice(event.t, f"{name} on {group.host} ended with exit code {code}: {reason}{then}")
+
+    def _fenced(self, group: Group, event: Event) -> Iterable[Notice]:
+        """Said by an old copy of the group; the newer one's state is another matter."""
+        old = f"the old copy (attempt {event.get('attempt')}) on {event.get('host')}"
+        yield Notice(event.t, f"replica {group.replica}: {old} was fenced")
+
+    def _busy(self, group: Group, event: Event) -> Iterable[Notice]:
+        group.busy = str(event.get("what", ""))
+        return ()
+
+    def _action(self, group: Group, event: Event) -> Iterable[Notice]:
+        """Said by the guardian."""
+        what, why = event.get("what"), event.get("why")
+        group.requeues += event.get("action") == "requeue"
+        yield Notice(event.t, f"guardian: replica {group.replica} {what} ({why})")

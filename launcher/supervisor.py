@@ -1,22 +1,27 @@
-"""Starts the lighthouse on the login node, keeps it running, and keeps its log small."""
+"""Starts the lighthouse on the login node, keeps it running, and keeps its log small.
+
+The supervisor's own port stays, whatever becomes of the lighthouse behind it: a relay there
+holds connections until the next one serves. (The launchers of our replica groups read where
+that is and go there themselves: the relay carries those who came by themselves.)
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import getpass
 import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from launcher.capped_log import CappedLog
+from launcher.guardian_child import GuardianChild
 from launcher.lighthouse import (
     Address,
     LighthouseDir,
@@ -25,62 +30,20 @@ from launcher.lighthouse import (
     port_holder,
     wait_until,
 )
+from launcher.lighthouse_child import (
+    MARGIN,
+    START_SECONDS,
+    STOP_SECONDS,
+    LighthouseChild,
+    LighthouseSettings,
+)
 from launcher.model import BlindError, KitError, UsageError
-from launcher.process import listens, start_time
+from launcher.process import start_time
+from launcher.relay import Relay
 from launcher.rundir import Outputs
 
-#: Seconds to wait for the lighthouse to listen, and to end when told to.
-START_SECONDS, STOP_SECONDS = 10.0, 5.0
 #: Pause before a lighthouse that died is started again, doubling up to the second.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LighthouseSettings:
-    """How the lighthouse decides on a quorum; times in milliseconds.
-
-    Chosen together: a lost replica group is noticed after ``heartbeat_timeout_ms``;
-    a group that has come up is waited for at most ``join_timeout_ms``.
-    """
-
-    host: str
-    port: int = 29510
-    bind: str = ""
-    """Address to listen on; empty: every interface."""
-    min_replicas: int = 1
-    heartbeat_timeout_ms: int = 2000
-    join_timeout_ms: int = 10_000
-    quorum_tick_ms: int = 100
-
-    @property
-    def url(self) -> str:
-        return f"http://{_bracketed(self.host)}:{self.port}"
-
-    def flags(self) -> list[str]:
-        bind = _bracketed(self.bind) or (
-            "[::]" if socket.has_ipv6 and _ipv6_usable() else "0.0.0.0"  # noqa: S104
-        )
-        return [
-            f"--bind={bind}:{self.port}",
-            f"--min_replicas={self.min_replicas}",
-            f"--heartbeat_timeout_ms={self.heartbeat_timeout_ms}",
-            f"--join_timeout_ms={self.join_timeout_ms}",
-            f"--quorum_tick_ms={self.quorum_tick_ms}",
-        ]
-
-
-def _bracketed(host: str) -> str:
-    """An IPv6 address as it stands in a URL."""
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
-
-
-def _ipv6_usable() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
-            probe.bind(("::", 0))
-            return True
-    except OSError:
-        return False
 
 
 class Supervisor:
@@ -89,18 +52,25 @@ class Supervisor:
     def __init__(
         self,
         settings: LighthouseSettings,
+        folder: LighthouseDir,
         outputs: Outputs,
+        *,
+        guardian: Sequence[str] = (),
         say: Callable[[str], None] = print,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
+        """``guardian``: command that looks after a run, given its name; empty: nobody does."""
         self._settings = settings
         self._outputs = outputs
         self._say = say
         self._environ = environ
-        self._folder = LighthouseDir.of(outputs, settings.url)
+        self._folder = folder
+        self._guardian = GuardianChild(guardian, folder.path / "guardian.log", environ)
         self._stop = threading.Event()
-        self._child: subprocess.Popen[bytes] | None = None
-        self._log_path: tuple[float, Path] = (0.0, self._folder.log)
+        self._child: LighthouseChild | None = None
+        self._ready = False
+        self._quorum_id = 0
+        self._log_path: tuple[float, Path] = (0.0, folder.log)
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -110,45 +80,92 @@ class Supervisor:
             KitError: the lighthouse does not come up.
         """
         self._refuse_second()
+        with self._name_held():
+            self._serve_until_stopped()
+
+    def _serve_until_stopped(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
+        if self._folder.claimed_by() is not None:
+            # It served a run, perhaps on another host: its groups know quorums up to this one.
+            self._quorum_id = self._folder.newest_quorum_id()
         log = CappedLog(self._current_log)
-        pause = FIRST_PAUSE
         try:
-            while not self._stop.is_set():
-                started = time.monotonic()
-                self._start(log)
-                first = pause == FIRST_PAUSE
-                if not self._come_up():
-                    if self._stop.is_set():
-                        break
-                    if first:
-                        raise KitError(
-                            f"the lighthouse did not listen on port {self._settings.port}; "
-                            f"its log: {self._current_log()}"
-                        )
-                else:
-                    try:
-                        self._publish()
-                    except KitError as error:
-                        self._say(f"{error}; the lighthouse serves, and is published as before")
-                    self._say(
-                        f"lighthouse up at {self._settings.url} (pid {self._child_pid()}), "
-                        f"log {self._current_log()}"
-                    )
-                code = self._wait_for_child()
-                if self._stop.is_set():
-                    break
-                if time.monotonic() - started > 60:
-                    pause = FIRST_PAUSE
-                self._say(f"lighthouse died (exit code {code}); starting it again in {pause:g} s")
-                self._stop.wait(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+            with Relay(self._place, host=self._settings.listen, port=self._settings.port):
+                self._keep(log)
         finally:
+            self._guardian.end()
             self._end_child()
             self._folder.unpublish(os.getpid())
             log.close()
             self._say("lighthouse down")
+
+    @contextlib.contextmanager
+    def _name_held(self) -> Iterator[None]:
+        """One name, one lighthouse: two of a name would split a run's groups."""
+        self._folder.path.mkdir(parents=True, exist_ok=True)
+        with (self._folder.path / ".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"another lighthouse of the name {self._folder.path.name} is coming up: "
+                    "`python -m launcher lighthouse status` tells of it; choose another --name"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+
+    def _keep(self, log: CappedLog) -> None:
+        pause, starts = FIRST_PAUSE, 0
+        while not self._stop.is_set():
+            started = time.monotonic()
+            child = self._child = LighthouseChild(self._settings, log, self._environ, starts)
+            starts += 1
+            if not child.come_up(self._stop):
+                if self._stop.is_set():
+                    break
+                if starts == 1:
+                    raise KitError(
+                        f"the lighthouse did not listen on port {child.port}; its log: "
+                        f"{self._current_log()}"
+                    )
+            else:
+                self._serve(child)
+            code = self._wait_for(child)
+            self._ready = False
+            if self._stop.is_set():
+                break
+            if time.monotonic() - started > 60:
+                pause = FIRST_PAUSE
+            why = "did not answer" if child.silent else f"died (exit code {code})"
+            self._say(f"lighthouse {why}; starting it again in {pause:g} s")
+            self._stop.wait(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _serve(self, child: LighthouseChild) -> None:
+        """Let the replica groups have it, once it is past the quorum ids that they know."""
+        if self._quorum_id:
+            target = self._quorum_id + MARGIN
+            if not child.raise_past(target, self._stop):
+                self._say(f"the lighthouse could not be brought past quorum {target}: ended")
+                child.end()
+                return
+            self._quorum_id = target
+            self._remember()
+        self._ready = True
+        try:
+            self._publish(child)
+        except KitError as error:
+            self._say(f"{error}; the lighthouse serves, and is published as before")
+        self._say(
+            f"lighthouse up at {self._settings.url} (pid {child.pid}), log {self._current_log()}"
+        )
+
+    def _place(self) -> tuple[str, int] | None:
+        """Where the relay on the stable port passes connections on to."""
+        child = self._child
+        return child.place if child is not None and self._ready else None
 
     def _refuse_second(self) -> None:
         published = self._folder.address()
@@ -166,55 +183,36 @@ class Supervisor:
                 "port with --port"
             )
 
-    def _start(self, log: CappedLog) -> None:
-        program = Path(__file__).with_name("lighthouse_process.py")
-        # It logs local time without a zone: here that is UTC, and the log says so.
-        environment = {**self._environ, "RUST_LOG": "info", "TZ": "UTC"}
-        self._child = subprocess.Popen(
-            [sys.executable, str(program), *self._settings.flags()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        stream = self._child.stdout
-        assert stream is not None
-        threading.Thread(target=_pump, args=(stream, log), daemon=True).start()
-
-    def _come_up(self) -> bool:
-        """Wait until our own lighthouse listens (another may hold the port)."""
-        child = self._child
-        assert child is not None
-        port = self._settings.port
-        wait_until(
-            lambda: self._stop.is_set() or child.poll() is not None or listens(child.pid, port),
-            START_SECONDS,
-        )
-        return child.poll() is None and listens(child.pid, port)
-
-    def _wait_for_child(self) -> int | None:
-        child = self._child
-        assert child is not None
+    def _wait_for(self, child: LighthouseChild) -> int | None:
         while not self._stop.is_set():
-            try:
-                return child.wait(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                continue
+            code = child.wait(0.1)
+            if code is not None:
+                return code
+            if child.quorum_id > self._quorum_id:
+                self._quorum_id = child.quorum_id
+                self._remember()
+            self._look_after()
         return None
 
-    def _end_child(self) -> None:
-        child = self._child
-        if child is None or child.poll() is not None:
-            return
-        child.terminate()
+    def _remember(self) -> None:
         try:
-            child.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait(STOP_SECONDS)
+            self._folder.remember_quorum_id(self._quorum_id)
+        except OSError as error:
+            self._say(f"the newest quorum id is not kept: {error}")
 
-    def _publish(self) -> None:
+    def _look_after(self) -> None:
+        if self._guardian.due():
+            with contextlib.suppress(KitError, OSError):
+                run = self._folder.claimed_by()
+                self._guardian.tend(f"tft-{run}" if run is not None else None)
+
+    def _end_child(self) -> None:
+        if self._child is not None:
+            self._child.end()
+
+    def _publish(self, child: LighthouseChild) -> None:
+        host = self._settings.host
+        serving = f"[{host}]:{child.port}" if ":" in host else f"{host}:{child.port}"
         self._folder.publish(
             Address(
                 url=self._settings.url,
@@ -224,6 +222,7 @@ class Supervisor:
                 process_started=start_time(os.getpid()),
                 user=getpass.getuser(),
                 started=time.time(),
+                serving=serving,
             )
         )
 
@@ -242,18 +241,9 @@ class Supervisor:
             self._log_path = (now, path)
         return path
 
-    def _child_pid(self) -> int:
-        assert self._child is not None
-        return self._child.pid
-
     def _on_signal(self, number: int, frame: Any) -> None:
         del number, frame
         self._stop.set()
-
-
-def _pump(stream: IO[bytes], log: CappedLog) -> None:
-    for line in stream:
-        log.write(line)
 
 
 def _is_alive_here(address: Address) -> bool:

@@ -186,13 +186,17 @@ def _alerts(update: Update) -> list[tuple[str, str]]:
     there = f"{len(update.members)} of {update.group_size} replica groups are in the quorum"
     return [
         *(
-            (f"replica {i.replica} lost", f"At step {i.lost_at_step} on {i.host}: {i.why}; {there}")
+            (
+                f"{i.who} lost",
+                f"At step {i.lost_at_step}{f' on {i.host}' if i.host else ''}: {i.why}; {there}",
+            )
             for i in update.lost
         ),
         *(
-            (f"replica {i.replica} recovered", f"At step {i.recovered_at_step}; {there}")
+            (f"{i.who} recovered", f"At step {i.recovered_at_step}; {there}")
             for i in update.recovered
         ),
+        *([("run ended early", update.ended)] if update.ended else []),
     ]
 
 

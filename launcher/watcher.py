@@ -16,7 +16,7 @@ from typing import Protocol
 from launcher.events import TEXT_ONLY_KINDS, Event, ReplicaEventReader, ReplicaLogReader
 from launcher.findings import Finding, Snapshot, judge
 from launcher.lighthouse_log import LighthouseReader, Waiting
-from launcher.model import BlindError
+from launcher.model import BlindError, GroupState
 from launcher.rundir import RunDir
 from launcher.slurm import Job, Node, Slurm
 from launcher.state import Notice, RunState
@@ -24,13 +24,20 @@ from launcher.tail import Tail
 
 #: Seconds between two questions to Slurm.
 ASK_EVERY = 2.0
-#: Seconds between two questions about nodes.
+#: The same while somebody acts on the answer and a group is away.
+ASK_EAGERLY = 0.5
+#: Seconds between two questions about nodes; while a group is lost, they are asked about with
+#: the jobs: a node may fall silent for some seconds only.
 ASK_NODES_EVERY = 10.0
 #: Bytes of the lighthouse's log read in one go: its lines are long, its events few.
 LIGHTHOUSE_CHUNK = 4 << 20
 #: Seconds for which a fresh event is held back, so that events of several files are folded
 #: in the order in which they happened.
 SETTLE = 0.4
+
+
+#: States of a group that is not training, and might be with some help.
+AWAY = frozenset({GroupState.PENDING, GroupState.REQUEUED, GroupState.LOST})
 
 
 class Reader(Protocol):
@@ -63,6 +70,10 @@ class Watcher:
         self._logs = logs
         self._job = job
         self._slurm = slurm
+        self.jobs: list[Job] = []
+        """The run's array tasks, as last asked."""
+        self.eager = False
+        """Whether Slurm is asked often while a group is away: somebody acts on the answer."""
         self.nodes: dict[str, Node] = {}
         """Slurm's nodes by name, as last asked."""
         self._asked = self._nodes_asked = float("-inf")
@@ -88,6 +99,14 @@ class Watcher:
                 _text(run.log(replica, stream), replica, lambda e: e.kind in TEXT_ONLY_KINDS)
                 for stream in ("out", "err")
             ]
+        for spare in range(manifest.group_size, manifest.group_size + manifest.spares):
+            # Whatever group it has become says its log.
+            logs += [
+                _text(run.log(spare, stream), None, lambda e: e.kind in TEXT_ONLY_KINDS)
+                for stream in ("out", "err")
+            ]
+        acts = run.guardian_events
+        logs.append(Log(Tail(acts), ReplicaEventReader(acts.name), lambda event: True))
         state = RunState(manifest.group_size, manifest.steps)
         return cls(logs, state, job=manifest.array_job_id, slurm=slurm)
 
@@ -146,7 +165,9 @@ class Watcher:
             reached[behind] = max(reached[behind], self._hold(log, offset, block))
             notices += self._fold(min(reached[key] for key in unread))
         notices += self._fold(float("inf") if final else time.time() - SETTLE)
-        return notices + self._ask(wait=final)
+        notices += self._ask(wait=final)
+        self.state.observe_waiting(self.waiting, self.present if final else time.time())
+        return notices
 
     def _hold(self, log: Log, offset: int, block: bytes) -> float:
         """Put the events of a block in line, in order of time; returns the latest time."""
@@ -181,6 +202,11 @@ class Watcher:
         )
 
     @property
+    def present(self) -> float:
+        """Time as of which a run is judged: a log of the past as of its own end."""
+        return time.time() if self.live_tasks else self.state.last_event
+
+    @property
     def waiting(self) -> Waiting:
         """What the lighthouse's next quorum waits for."""
         for log in reversed(self._logs):
@@ -188,9 +214,9 @@ class Watcher:
                 return log.reader.waiting
         return Waiting()
 
-    def _ask_jobs_and_nodes(self, slurm: Slurm, job: int) -> list[Job]:
+    def _ask_jobs_and_nodes(self, slurm: Slurm, job: int, every: float) -> list[Job]:
         jobs = slurm.jobs(job)
-        if time.monotonic() - self._nodes_asked >= ASK_NODES_EVERY:
+        if time.monotonic() - self._nodes_asked >= every:
             self._nodes_asked = time.monotonic()
             with contextlib.suppress(BlindError):
                 self.nodes = {node.name: node for node in slurm.nodes()}
@@ -200,9 +226,15 @@ class Watcher:
         """Slurm's word, asked for on the side: a slow controller must not hold up the logs."""
         if self._slurm is None or self._job is None or self.state.finished:
             return []
-        if self._answer is None and time.monotonic() - self._asked >= ASK_EVERY:
+        away = self.eager and any(g.state in AWAY for g in self.state.groups.values())
+        every = ASK_EAGERLY if away else ASK_EVERY
+        if self._answer is None and time.monotonic() - self._asked >= every:
             self._asked = time.monotonic()
-            self._answer = self._side.submit(self._ask_jobs_and_nodes, self._slurm, self._job)
+            lost = any(i.host and i.recovered_at is None for i in self.state.incidents)
+            every = 0.0 if lost else ASK_NODES_EVERY
+            self._answer = self._side.submit(
+                self._ask_jobs_and_nodes, self._slurm, self._job, every
+            )
         notices = []
         if self._answer is not None and (wait or self._answer.done()):
             answer, self._answer = self._answer, None
@@ -212,7 +244,9 @@ class Watcher:
                 self._slurm_problem, self.live_tasks = str(error), None
             else:
                 self._slurm_problem, self.live_tasks = "", sum(job.live for job in jobs)
-                notices = self.state.observe(jobs, time.time())
+                self.jobs, now = jobs, time.time()
+                notices = self.state.observe(jobs, now)
+                notices += self.state.observe_nodes(self.nodes.values(), now)
         if self._slurm_problem:
             self.blind["Slurm"] = self._slurm_problem
         return notices

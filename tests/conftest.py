@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher.process import Completed
@@ -35,6 +36,14 @@ def hostile(tmp_path: Path) -> Path:
     folder = tmp_path / 'it\'s a "test" $(touch oops) ü\nwith a newline'
     folder.mkdir()
     return folder
+
+
+def copy_of(rank: int) -> list[psutil.Process]:
+    """Every process of the replica group's copy that process ``rank`` is of."""
+    process = psutil.Process(rank)
+    while (parent := process.parent()) is not None and parent.name() != "slurmstepd":
+        process = parent
+    return [process, *process.children(recursive=True)]
 
 
 class FakeRun:

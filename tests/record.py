@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -19,7 +20,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -31,10 +32,13 @@ from launcher.rundir import Outputs, RunDir
 from launcher.sandbox import Sandbox
 from launcher.state import RunState
 from launcher.watcher import Watcher
-from tests.conftest import FIXTURES, REPOSITORY
+from tests.conftest import FIXTURES, REPOSITORY, copy_of
 
-PORT = 29650
-URL = f"http://127.0.0.1:{PORT}"
+with socket.socket() as _probe:  # a free one: somebody else may be recording
+    _probe.bind(("127.0.0.1", 0))
+    PORT = int(_probe.getsockname()[1])
+#: Bytes that a process whose memory ends still gets: enough for its last words.
+HEADROOM = 3 << 20
 #: Read by every Python of a scene: a rank hangs on SIGUSR1, as in a deadlock; its heartbeats
 #: go on.
 HOOKS = "import signal, time\nsignal.signal(signal.SIGUSR1, lambda *a: time.sleep(600))\n"
@@ -126,7 +130,9 @@ def kill_request(scene: Scene) -> None:
         if e.kind == "membership"
     ][-1]
     uuid = next(m[1] for m in members if m[0] == 1)
-    request = urllib.request.Request(f"{URL}/replica/torchtitan_ft_1:{uuid}/kill", method="POST")
+    request = urllib.request.Request(
+        f"{scene.env['TORCHFT_LIGHTHOUSE']}/replica/torchtitan_ft_1:{uuid}/kill", method="POST"
+    )
     try:
         urllib.request.urlopen(request, timeout=10).close()
     except urllib.error.HTTPError as error:
@@ -159,6 +165,17 @@ def node_down(scene: Scene) -> None:
     scene.recovered(1)
 
 
+def network_cut(scene: Scene) -> None:
+    """Nobody of the old copy is left when its node is connected again."""
+    node = scene.state.groups[1].host
+    old = copy_of(scene.rank(1).pid)
+    scene.sandbox.cut(node)
+    scene.recovered(1)
+    for process in old:
+        process.kill()
+    scene.sandbox.heal(node)
+
+
 def lighthouse_killed(scene: Scene) -> None:
     pid = json.loads(
         next(
@@ -171,14 +188,35 @@ def lighthouse_killed(scene: Scene) -> None:
     scene.wait(lambda: scene.steps(0) > before + 5)
 
 
+#: Scenes whose nodes have a network of their own.
+NETWORK = {"network-cut"}
+
+
+def out_of_memory(scene: Scene) -> None:
+    """The rank may not grow any more: the next step asks for tensors that it cannot have."""
+    rank = scene.rank(1)
+    least = min(_sizes(rank, seconds=3.0)) + HEADROOM  # between two steps
+    rank.rlimit(psutil.RLIMIT_AS, (least, least))
+    scene.bring_back(1)
+
+
+def _sizes(process: psutil.Process, seconds: float) -> Iterator[int]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        yield process.memory_info().vms
+        time.sleep(0.01)
+
+
 #: Scene: (what happens, steps, replica groups).
 SCENES: dict[str, tuple[Callable[[Scene], None], int, int]] = {
     "kill-replica": (kill_replica, 110, 2),
     "kill-request": (kill_request, 110, 2),
     "stop": (stop, 80, 2),
     "hang": (hang, 110, 2),
+    "out-of-memory": (out_of_memory, 110, 2),
     "lighthouse-killed": (lighthouse_killed, 60, 2),
     "three-replicas": (node_down, 110, 3),
+    "network-cut": (network_cut, 170, 2),
 }
 
 
@@ -186,43 +224,57 @@ def keep(run: RunDir, scene: str) -> None:
     """Copy what the monitor reads, anonymous and without the bulk of the text logs."""
     folder = FIXTURES / scene
     folder.mkdir(exist_ok=True)
+    places = [sysconfig.get_path("purelib"), sys.prefix, str(REPOSITORY)]
+    # A task activates the environment by its real path, which may be a linked one's.
+    places += [*map(os.path.realpath, places), sysconfig.get_path("stdlib")]
     for path in [run.manifest_path, run.lighthouse_log, *sorted(run.path.glob(f"{run.name}_*.*"))]:
         text = path.read_text(errors="replace")
-        for place in (sys.prefix, str(REPOSITORY), sysconfig.get_path("stdlib")):
+        for place in places:
             text = text.replace(f"{place}/", "")
         (folder / path.name).write_text(text)
+
+
+def record(name: str, sandbox: Sandbox, hook: str) -> None:
+    sandbox.up(4, network=name in NETWORK)
+    settings = sandbox.environment()
+    env = {
+        **os.environ,
+        **settings,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": hook,
+        "TFT_LIGHTHOUSE_PORT": str(PORT),
+        # What a failure looks like when nobody mends it.
+        "TFT_RESTARTS": "0",
+        "TFT_REQUEUES": "0",
+        # Every large tensor comes from the system, and none from what the C library kept.
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+        "TORCHFT_LIGHTHOUSE": f"http://{settings['TFT_LIGHTHOUSE_HOST']}:{PORT}",
+    }
+    lighthouse = [sys.executable, "-m", "launcher", "lighthouse"]
+    try:
+        subprocess.run(
+            [*lighthouse, "up", "--detach", "--no-act"], env=env, cwd=REPOSITORY, check=True
+        )
+        act, steps, groups = SCENES[name]
+        scene = Scene(sandbox, env, steps, groups)
+        scene.wait(partial(scene.all_train, groups))
+        print(f"{name}: trains, now it happens", flush=True)
+        act(scene)
+        scene.wait(scene.ended)
+        keep(scene.run, name)
+        scene.watcher.close()
+        print(f"{name}: recorded", flush=True)
+    finally:
+        subprocess.run([*lighthouse, "down"], env=env, cwd=REPOSITORY, check=False)
+        sandbox.down()
 
 
 def main(names: list[str]) -> None:
     sandbox = Sandbox(Path(f"/run/tft-record-{os.getpid()}"))
     with tempfile.TemporaryDirectory() as hook:
         Path(hook, "sitecustomize.py").write_text(HOOKS)
-        env = {
-            **os.environ,
-            **sandbox.environment(),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": hook,
-            "TFT_LIGHTHOUSE_PORT": str(PORT),
-            "TORCHFT_LIGHTHOUSE": URL,
-        }
-        lighthouse = [sys.executable, "-m", "launcher", "lighthouse"]
-        sandbox.up(4)
-        try:
-            for name in names:
-                subprocess.run([*lighthouse, "up", "--detach"], env=env, cwd=REPOSITORY, check=True)
-                act, steps, groups = SCENES[name]
-                scene = Scene(sandbox, env, steps, groups)
-                scene.wait(partial(scene.all_train, groups))
-                print(f"{name}: trains, now it happens", flush=True)
-                act(scene)
-                scene.wait(scene.ended)
-                keep(scene.run, name)
-                scene.watcher.close()
-                print(f"{name}: recorded", flush=True)
-                subprocess.run([*lighthouse, "down"], env=env, cwd=REPOSITORY, check=True)
-        finally:
-            subprocess.run([*lighthouse, "down"], env=env, cwd=REPOSITORY, check=False)
-            sandbox.down()
+        for name in names:
+            record(name, sandbox, hook)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -42,8 +43,16 @@ class ReplicaCheckpointManager(CheckpointManager):
         self._layout = f"{ft_manager.group_size}x{dist.get_world_size()}"
         self._dataloader_root = os.path.join(base_folder, "dataloader")
 
+    #: Told what keeps the group from its next step, and with an empty text that it is over.
+    busy: Callable[[str], None] = staticmethod(lambda what: None)
+
     def save(self, curr_step: int, last_step: bool = False) -> None:
+        long = self._should_save(curr_step, last_step)
+        if long:
+            self.busy("checkpoint")  # its peers wait meanwhile: this is no hang
         super().save(curr_step, last_step)
+        if long:
+            self.busy("")
         if last_step and self.enable_ft_dataloader_checkpoints:
             # The process group ends soon; a save under way would be left half written.
             try:

@@ -14,6 +14,7 @@ from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.utils import device_type
 
 from launcher.train import tracking
+from launcher.train.own_work import OwnWork
 from launcher.train.recorder import Recorder
 
 
@@ -27,6 +28,7 @@ class ReplicaMetricsProcessor(MetricsProcessor):
 
     ft_manager: FTManager | None = None
     recorder: Recorder | None = None
+    own_work: OwnWork | None = None
 
     def __init__(
         self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None
@@ -50,6 +52,8 @@ class ReplicaMetricsProcessor(MetricsProcessor):
         extra["n_tokens_seen"] = int(sum(row[2] for row in rows))
         tokens_before = self.ntokens_since_last_log
         elapsed_from = self.time_last_log
+        own_work = self.own_work
+        busy = own_work.take(self.data_loading_times) if own_work is not None else None
         super().log(step, mean_loss, max_loss, grad_norm, extra)
         if self.recorder is not None and self.recorder.rank == 0:
             seconds = self.time_last_log - elapsed_from
@@ -63,6 +67,7 @@ class ReplicaMetricsProcessor(MetricsProcessor):
                 lr=extra.get("lr"),
                 participants=len(rows),
                 tokens_per_second=round(tokens_before / seconds, 1) if seconds > 0 else None,
+                busy_seconds=None if busy is None else round(busy, 6),
             )
 
     def _manager_step(self, step: int) -> int:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import torchtitan.experiments.ft.train as ft_train
 from torchtitan.components.ft import FTManager
-from torchtitan.config import JobConfig
+from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 
 from launcher.train import data, spec
 from launcher.train.checkpoint import ReplicaCheckpointManager
 from launcher.train.metrics import ReplicaMetricsProcessor
+from launcher.train.own_work import OwnWork
 from launcher.train.recorder import Recorder
 from launcher.train.weights import weight_hash
 
@@ -40,11 +41,13 @@ class ReplicaTrainer(ft_train.FTTrainer):
     """One rank of a replica group (or of a classic job, with fault tolerance off)."""
 
     metrics_processor: ReplicaMetricsProcessor
+    begun = 0.0
+    """When this process began, Unix seconds, before its imports."""
 
     def __init__(self, job_config: JobConfig) -> None:
         self._recorder = Recorder.from_environment()
         self._recorder.attach_to_torchft()
-        self._recorder.record("start", pid=os.getpid())
+        self._recorder.record("start", pid=os.getpid(), begun=round(self.begun, 3))
         self._hash_every = int(os.environ.get("TFT_WEIGHT_HASH_EVERY") or "0")
         self._hash_every = self._hash_every or job_config.metrics.log_freq
         self._pace = float(os.environ.get("TFT_MIN_STEP_SECONDS") or "0")
@@ -56,9 +59,12 @@ class ReplicaTrainer(ft_train.FTTrainer):
         super().__init__(job_config)
         self.metrics_processor.ft_manager = self.ft_manager
         self.metrics_processor.recorder = self._recorder
+        self._own_work = OwnWork(self.model_parts, self.device)
+        self.metrics_processor.own_work = self._own_work
         if self._manager is not None:
             # Rides along with torchft's own state transfer: the healed side learns of it.
             self._manager.register_state_dict_fn("tft", self._on_heal, self._heal_note)
+        self._say_when_busy()
         self._ready_at = time.monotonic()
         self._recorder.record("ready")
 
@@ -72,11 +78,29 @@ class ReplicaTrainer(ft_train.FTTrainer):
     ) -> None:
         started = time.monotonic()
         self._stop_if_too_late()
+        self._own_work.step(self.metrics_processor.data_loading_times)
         super().train_step(data_iterator)
         self._record_weights()
         self._reduce_timeout_after_heal()
         if self._pace:
             time.sleep(max(0.0, self._pace - (time.monotonic() - started)))
+
+    def _say_when_busy(self) -> None:
+        """Tell of what takes long and makes peers wait, so that it is not taken for a hang."""
+        self.checkpointer.busy = self._busy
+        if self.job_config.validation.enable:
+            validate = self.validator.validate
+
+            def validate_busily(*args: Any, **kwargs: Any) -> None:
+                self._busy("validation")
+                validate(*args, **kwargs)
+                self._busy("")
+
+            self.validator.validate = validate_busily
+
+    def _busy(self, what: str) -> None:
+        if self._recorder.rank == 0:
+            self._recorder.record("busy", what=what)
 
     def close(self) -> None:
         self._recorder.record("end", titan_step=getattr(self, "step", None))
@@ -131,8 +155,11 @@ class ReplicaTrainer(ft_train.FTTrainer):
         logger.info(f"healed: took the state of replica {note['replica']} at step {step}")
 
 
-def run() -> None:
-    """Train as torchtitan's command line says (``sys.argv``)."""
+def run(begun: float = 0.0) -> None:
+    """Train as torchtitan's command line says (``sys.argv``), in a process that began then."""
+    ReplicaTrainer.begun = begun
+    # torchtitan takes the command line as it was when it was imported: a spare's comes later.
+    ConfigManager.parse_args.__defaults__ = (sys.argv[1:],)
     # FTTrainer builds these two itself, by the names it imported.
     ft_train.FTManager = ReplicaFTManager  # type: ignore[misc]
     ft_train.CheckpointManager = ReplicaCheckpointManager  # type: ignore[misc]

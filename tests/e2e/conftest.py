@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -57,8 +58,9 @@ class Workspace:
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     root = tmp_path_factory.mktemp("clone")
-    for name in ("launcher", "slurm", "configs"):
+    for name in ("launcher", "configs"):
         (root / name).symlink_to(REPOSITORY / name)
+    shutil.copytree(REPOSITORY / "slurm", root / "slurm")  # a test adds a script of its own
     for script in REPOSITORY.glob("*.sh"):
         (root / script.name).write_bytes(script.read_bytes())
     (root / "outputs" / "torchft" / ".slurm").mkdir(parents=True)

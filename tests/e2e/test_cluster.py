@@ -58,6 +58,8 @@ def test_one_rank_a_group_stays_identical_and_a_killed_rank_is_never_silent(
             "TFT_RANKS_PER_NODE": "1",
             "TFT_EXTRA_ARGS": "--training.steps 5000",
             "TFT_NODE_ADDRESS": "",
+            "TFT_RESTARTS": "0",
+            "TFT_REQUEUES": "0",
         }
     )
     job = int(cluster.sh("sbatch", "--parsable", "--array=0-1", SCRIPT))
@@ -99,7 +101,7 @@ def test_one_rank_a_group_stays_identical_and_a_killed_rank_is_never_silent(
     finally:
         sandbox.slurm().cancel(job)
     assert final_state(sandbox, job, task=1) == "FAILED"
-    why = run.log(1, "err").read_text().splitlines()[-1]
+    why = run.log(1, "err").read_text().splitlines()[-2]
     assert (
         f"replica 1 (attempt 1) on worker-1 failed: rank 0 (pid {pid}) was killed by SIGKILL" in why
     )

@@ -363,7 +363,8 @@ class TestWandb:
             "guard(loggers).log({'loss_metrics/global_avg_loss': 5.0}, int(sys.argv[2]))\n"
             "loggers.close()\n"
         )
-        for attempt in (1, 2):
+        starts = []
+        for attempt in (1, 2):  # side by side: imports take most of the time
             folder = tmp_path / str(attempt)
             env = {
                 **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
@@ -379,7 +380,15 @@ class TestWandb:
                 "WANDB_RESUME": "allow",
             }
             argv = [sys.executable, "-c", program, str(folder), str(attempt * 10)]
-            subprocess.run(argv, env=env, cwd=REPOSITORY, timeout=100, check=True)
+            starts.append(subprocess.Popen(argv, env=env, cwd=REPOSITORY))
+        try:
+            assert [process.wait(timeout=100) for process in starts] == [0, 0]
+        finally:
+            for process in starts:
+                process.kill()
+                process.wait()
+        for attempt in (1, 2):
+            folder = tmp_path / str(attempt)
             (path,) = folder.glob("wandb/offline-run-*/*.wandb")
             found = list(records(path))
             start = next(r.run for r in found if r.HasField("run"))

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.events import PATTERNS, Event, ReplicaLogReader
+from launcher.incidents import Cause, sign_of
 from launcher.lighthouse_log import UTC_MARK, LighthouseReader, compact
 from launcher.snapshot import as_data
 from launcher.state import RunState
@@ -28,7 +29,8 @@ SCENES = sorted(path for path in FIXTURES.iterdir() if path.is_dir())
 def test_each_pattern_reads_its_sample(pattern: Any) -> None:
     reader = ReplicaLogReader("sample", replica=7)
     prefix = "[rank0]:" if pattern.seen.startswith("torch") else ""
-    (event,) = reader.read(0, f"{prefix}{pattern.sample}\n".encode())
+    before = "[titan] 2026-11-20 14:31:46,888 - root - INFO - hello\n"
+    (event,) = reader.read(0, f"{before}{prefix}{pattern.sample}\n".encode())
     assert event.kind == pattern.kind
     assert event.replica is not None
     groups = set(re.compile(pattern.regex).groupindex) - {"replica", "time", "due"}
@@ -52,6 +54,49 @@ def test_a_line_without_a_time_happened_with_the_one_before() -> None:
     assert (event.kind, event.t) == ("out_of_memory", 1795185106.888)
     assert event.source is not None
     assert text[event.source.offset - 100 :].startswith(b"[rank0]:torch.OutOfMemoryError")
+
+
+def test_lines_before_any_time_happened_before_the_first_one() -> None:
+    """As in a log of errors that is quiet until its end; never at the start of 1970."""
+    text = (
+        b"[rank0]:Traceback (most recent call last):\n"
+        b"[rank0]:[rank0]: RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory\n"
+        b"  exitcode  : 1 (pid: 7144)\n"
+        b"[2026-11-20 14:31:46] replica 1 (attempt 1) on worker-1 failed: rank 0 exited\n"
+        b"MemoryError\n"
+    )
+    whole = list(ReplicaLogReader("x", 1).read(0, text))
+    assert [event.kind for event in whole] == [
+        "out_of_memory",
+        "rank_failed",
+        "exit",
+        "out_of_memory",
+    ]
+    assert {event.t for event in whole} == {1795185106.0}
+    assert whole[0].get("text").startswith("RuntimeError: ")
+    reader, offset, found = ReplicaLogReader("x", 1), 0, []
+    for line in text.splitlines(keepends=True):
+        found += list(reader.read(offset, line))
+        offset += len(line)
+    assert found == whole
+    assert list(ReplicaLogReader("x", 1).read(0, b"MemoryError\n")) == []
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 3 bytes",
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "MemoryError",
+        "std::bad_alloc",
+    ],
+)
+def test_a_reason_that_speaks_of_memory_is_no_plain_crash(reason: str) -> None:
+    reason = f"rank 0 (pid 9) exited with code 1: {reason}"
+    event = Event(t=1.0, kind="exit", replica=0, fields={"code": 1, "reason": reason})
+    sign = sign_of(event)
+    assert sign is not None
+    assert (sign.cause, sign.text) == (Cause.OUT_OF_MEMORY, reason)
 
 
 def lighthouse_events(blocks: list[bytes]) -> list[Event]:

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import lighthouse
+from launcher import lighthouse, nodecheck
 from launcher.config import Site
 from launcher.environment import Task, replica_environment
 from launcher.lighthouse import LighthouseDir
@@ -32,7 +33,6 @@ SLURM = {
     "SLURM_ARRAY_TASK_MIN": "0",
     "SLURM_ARRAY_TASK_MAX": "3",
     "SLURMD_NODENAME": "worker-1",
-    "SLURM_RESTART_COUNT": "2",
     "SLURM_GPUS_ON_NODE": "8",
 }
 CONFIG = """
@@ -57,6 +57,7 @@ def env(hostile: Path, listening: str, monkeypatch: pytest.MonkeyPatch) -> dict[
     """A complete place to start a replica group in, at a hostile path."""
     monkeypatch.chdir(hostile)
     monkeypatch.setattr(lighthouse, "STATUS_SECONDS", 0.05)  # nothing answers in these tests
+    monkeypatch.setattr(nodecheck, "check", lambda *args, **kwargs: None)  # there are no GPUs
     Path("config.toml").write_text(CONFIG)
     Path("tokenizer").mkdir()
     Path("tokenizer/tokenizer.json").write_text("{}")
@@ -99,12 +100,14 @@ def test_a_replica_group_is_started_as_its_array_task_says(
     ]
     assert "--nproc-per-node=8" in payload._argv
     got = payload._env
-    assert got["TORCHFT_LIGHTHOUSE"] == env["TORCHFT_LIGHTHOUSE"]
+    # Its manager talks to a relay in the launcher, which knows where the lighthouse is.
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", got["TORCHFT_LIGHTHOUSE"])
+    assert got["TORCHFT_LIGHTHOUSE"] != env["TORCHFT_LIGHTHOUSE"]
     assert (got["REPLICA_GROUP_ID"], got["NUM_REPLICA_GROUPS"]) == ("1", "4")
-    assert (got["JOB_ID"], got["TFT_ATTEMPT"]) == ("tft-50", "3")
+    assert (got["JOB_ID"], got["TFT_ATTEMPT"]) == ("tft-50", "1")
     assert (got["TORCHFT_QUORUM_TIMEOUT_SEC"], got["TORCHFT_QUORUM_RETRIES"]) == ("600", "1200")
     out = capsys.readouterr().out.splitlines()[0]
-    assert out.endswith("launching replica 1 (attempt 3) on worker-1")
+    assert out.endswith("launching replica 1 (attempt 1) on worker-1")
     assert time.strptime(out[:21], "[%Y-%m-%d %H:%M:%S]")
     manifest = run.manifest()
     assert (manifest.group_size, manifest.ranks_per_group, manifest.steps) == (4, 8, 77)
@@ -134,7 +137,7 @@ def test_a_task_requeued_after_the_run_has_finished_does_not_train_again_alone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run_replica(env, Slurm(fake_run)) == 0
-    assert run_replica(env | {"SLURM_RESTART_COUNT": "3"}, Slurm(fake_run)) == 0
+    assert run_replica(env, Slurm(fake_run)) == 0
     assert len(torchrun) == 1
     assert "run tft-50 has finished" in capsys.readouterr().out
 
@@ -290,9 +293,10 @@ def test_several_published_lighthouses_need_a_choice(tmp_path: Path) -> None:
         )
     with pytest.raises(UsageError, match="several lighthouses"):
         lighthouse.discover(outputs, "")
-    assert lighthouse.discover(outputs, "http://login:2") == "http://login:2"
+    url, folder = lighthouse.discover(outputs, "http://login:2")
+    assert (url, folder.path.name) == ("http://login:2", "login-2")
     LighthouseDir.of(outputs, "http://login:2").unpublish(1)
-    assert lighthouse.discover(outputs, "") == "http://login:1"
+    assert lighthouse.discover(outputs, "")[0] == "http://login:1"
 
 
 # -- the payload ------------------------------------------------------------------------

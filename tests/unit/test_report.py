@@ -179,7 +179,8 @@ def test_the_page_of_a_lost_node(run: RunDir) -> None:
         "119 of 120 committed",
         "torchft-nightly 2026.10.26",
         "1 1 worker-1 unknown: stopped by SIGTERM 14:05:32 at step 10 14:05:33 +1.2 s",
-        "14:05:37 +5.9 s 14:05:49 +17.4 s 14:05:50 +18.6 s from 0 14:05:50 +18.7 s at step 37 1 2.8 s",
+        "14:05:37 +5.9 s imports 10.1 s, model 0.9 s, quorum 0.4 s, first step 1.2 s",
+        "14:05:49 +17.4 s 14:05:50 +18.6 s from 0 14:05:50 +18.7 s at step 37 1 2.8 s",
         "stopped by SIGTERM unknown · tft-5183502_1.events.jsonl, byte 6,980",
         "None: nothing was wrong at the end.",
     ):
@@ -267,7 +268,7 @@ def test_a_run_that_has_not_begun(tmp_path: Path, run: RunDir) -> None:
         if path != run.manifest_path:
             path.unlink()
     page = publish(run, ReportFormat.HTML).read_text()
-    assert "None: no replica group was lost." in words(page)
+    assert "None: neither a replica group nor the lighthouse was lost." in words(page)
     # It is not over, and Slurm cannot be asked: that is said.
     assert "critical monitor_blind : Slurm cannot be read" in words(page)
     assert "nothing measured" in page

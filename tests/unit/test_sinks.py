@@ -1,5 +1,6 @@
 """The monitor's sinks, with real parts on this machine: servers, files, W&B offline."""
 
+import dataclasses
 import http.server
 import json
 import os
@@ -24,7 +25,7 @@ from launcher.command import wandb_flags
 from launcher.dashboard import run_dashboard
 from launcher.events import Event
 from launcher.findings import Finding, Severity
-from launcher.model import KitError, UsageError
+from launcher.model import CriticalError, KitError, UsageError
 from launcher.monitor import follow
 from launcher.outlets import JsonLines, Outlets, Webhook
 from launcher.prometheus import METRICS, Prometheus
@@ -231,7 +232,8 @@ def test_prometheus_serves_the_documented_metrics(story: list[Event]) -> None:
         endpoint.deliver(next(update for update in got if update.findings))
         (finding,) = scrape(endpoint.port)["tft_findings"]
         assert finding.labels == {"kind": "loss_nan", "severity": "critical"}
-        endpoint.deliver(got[-1])
+        measured = tuple(dataclasses.replace(g, busy_seconds=0.25) for g in got[-1].groups)
+        endpoint.deliver(dataclasses.replace(got[-1], groups=measured))
         seen = scrape(endpoint.port)
         with socket.create_server(("", 0)) as other, pytest.raises(UsageError, match="listen"):
             Prometheus(str(other.getsockname()[1]))
@@ -245,6 +247,7 @@ def test_prometheus_serves_the_documented_metrics(story: list[Event]) -> None:
     assert set(seen) | {"tft_findings"} == {metric.name for metric in METRICS}
     assert value("tft_quorum_id") == 3
     assert value("tft_step") == 119
+    assert value("tft_busy_seconds", replica="1") == 0.25
     assert value("tft_failed_commits_total") == 1
     assert value("tft_commits_total") == 212
     assert value("tft_incidents_total", cause="unknown") == 1
@@ -361,6 +364,41 @@ def test_following_with_sinks_that_fail_ends_as_without(
     assert "webhook: 1 updates were not delivered" in told
     assert SECRET not in told + events.read_text()
     assert events.read_text().count('"kind": "notice"') == 12
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_the_webhook_hears_of_a_run_that_ends_early(
+    run: RunDir,
+    fake_run: FakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    serve: Serve,
+    tmp_path: Path,
+    watched: bool,
+) -> None:
+    """Where the monitor saw it live; not of one that was over long before."""
+    monkeypatch.setattr("launcher.monitor.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("launcher.watcher.ASK_EVERY", 0.0)
+    lines = run.events(1).read_text().splitlines(keepends=True)
+    run.events(1).write_text("".join(lines[:-8]))
+    gone = "1|1|0|COMPLETED|w|2026-11-20T15:00:00|None\n1|1|1|FAILED|w|2026-11-20T15:00:00|x\n"
+    live = gone.replace("FAILED", "RUNNING")
+    fake_run.on("squeue", out=live if watched else gone)
+    sleep = time.sleep
+
+    def slept(seconds: float) -> None:
+        sleep(min(seconds, 0.05))
+        fake_run.on("squeue", out=gone)
+
+    monkeypatch.setattr("launcher.monitor.time.sleep", slept)
+    server = serve(lambda number: 200)
+    events = tmp_path / "told.jsonl"
+    said: list[str] = []
+    outlets = Outlets(webhook=server.url, events_to=events, env={})
+    with pytest.raises(CriticalError, match="ended before its last step"):
+        follow(run, say=said.append, slurm=Slurm(fake_run), outlets=outlets)
+    text = "the run ENDED EARLY at step 119 of 120: replica 1 TRAINING"
+    assert server.texts == ([f"{run.name}: {text}"] if watched else [])
+    assert (text in events.read_text()) is watched
 
 
 # -- Weights & Biases --------------------------------------------------------------------

@@ -89,3 +89,20 @@ def test_a_command_that_is_missing_or_hangs_is_blindness() -> None:
         run(["no-such-command-at-all"])
     with pytest.raises(BlindError, match="did not answer within"):
         run(["sleep", "5"], timeout=0.1)
+
+
+def test_only_a_task_of_an_array_is_released(fake_run: FakeRun) -> None:
+    fake_run.on("scontrol", "release", "60_1")
+    Slurm(fake_run).release("60_1")
+    with pytest.raises(ValueError, match="not an array task"):
+        Slurm(fake_run).release("60")
+
+
+def test_what_a_drill_asks_before_it_acts(fake_run: FakeRun) -> None:
+    fake_run.on("squeue", "--noheader", "--nodelist=w-0", out="60\n60\n71\n")
+    assert Slurm(fake_run).arrays_on("w-0") == [60, 71]
+    fake_run.on("scontrol", out="JobId=61 ArrayJobId=60 TimeLimit=1-00:00:00 TimeMin=N/A\n")
+    assert Slurm(fake_run).time_limit("60_1") == "1-00:00:00"
+    fake_run.on("squeue", code=1, err="slurm_load_jobs error: Unable to contact slurm controller")
+    with pytest.raises(BlindError):
+        Slurm(fake_run).arrays_on("w-0")

@@ -1,0 +1,242 @@
+"""What a run needs done for it right now. Pure: what is known in, actions out.
+
+The owner's rights suffice for all of it. Nothing here waits or remembers: the same state asks
+for the same actions, and the guardian does each of them once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from launcher.events import Clock
+from launcher.findings import BAD_NODE_LOSSES, BAD_NODE_SECONDS
+from launcher.groups import Group
+from launcher.lighthouse_log import Waiting
+from launcher.model import GroupState
+from launcher.restarts import Next
+from launcher.slurm import Job, Node
+from launcher.spares import Spare
+from launcher.stalls import patience as usual_patience
+from launcher.state import RunState
+
+#: Seconds that others wait for a group that said it is busy (with a checkpoint, for example).
+BUSY_SECONDS = 1800.0
+#: Seconds that others wait for a group in its first steps, which compile and load.
+FIRST_STEPS_SECONDS = 300.0
+#: Seconds out of the quorum, with its task running, after which a group counts as stopped.
+SILENT_SECONDS = 20.0
+#: Seconds after which a group that starts again by itself is not taken over any more.
+ALMOST_THERE = 3.0
+#: Seconds that a start may take from launch to quorum.
+START_SECONDS = 900.0
+#: Requeues of a group by the guardian without one committed step in between.
+MOST_REQUEUES = 10
+#: Seconds up to which a waiting time can be Slurm's own (its default is 121).
+LONGEST_DELAY = 600.0
+#: Slurm's states of a task that ended badly, and that a requeue may mend. (A person cancels; a
+#: time limit would come again.)
+FAILED_STATES = frozenset({"FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"})
+#: Slurm's reason when a node refused to start a task (its last copy there had not quite ended):
+#: it waits for somebody to release it.
+LAUNCH_HELD = "launch failed requeued held"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """One thing to do."""
+
+    kind: str
+    """``release``, ``start_now``, ``requeue``, ``restart`` or ``take_over``."""
+    replica: int
+    attempt: int
+    task: int
+    """Array task that is meant."""
+    why: str
+    exclude: tuple[str, ...] = ()
+    """Nodes to be left out, for ``start_now``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """All that is known of a run."""
+
+    state: RunState
+    now: float
+    waiting: Waiting = field(default_factory=Waiting)
+    jobs: Sequence[Job] = ()
+    nodes: Mapping[str, Node] = field(default_factory=dict)
+    excluded: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """Nodes that were left out for a task, as last told to Slurm."""
+    spares: Sequence[Spare] = ()
+    """Spares that stand ready."""
+    collective: float = 30.0
+    """Seconds after which a collective between replica groups fails."""
+
+
+def needed(view: View) -> list[Action]:
+    """Every action that the run needs now."""
+    if view.state.finished:
+        return []
+    return [*_queue(view), *_taken_over(view), *_hung(view), *_silent(view)]
+
+
+def _queue(view: View) -> Iterator[Action]:
+    excluded = excluded_nodes(view)
+    for job in view.jobs:
+        if job.task is None:
+            continue
+        # A spare that waits in the queue is nobody's group yet.
+        group = view.state.group_of_task(job.task) or Group(replica=job.task)
+        if job.state == "PENDING" and job.reason == LAUNCH_HELD:
+            yield _act("release", group, f"Slurm says {job.reason}", task=job.task)
+        elif job.state == "PENDING" and job.reason == "BeginTime":
+            if not _is_requeue_delay(view, job):
+                continue
+            why = "Slurm's requeue delay is cut short"
+            if excluded:
+                why += f", without {', '.join(excluded)}"
+            yield _act("start_now", group, why, task=job.task, exclude=tuple(excluded))
+        elif job.state == "PENDING" and "held" not in job.reason.lower():
+            # It waits for a node: what was left out before may be all there is now.
+            before = view.excluded.get(job.task, ())
+            if before and before != tuple(excluded):
+                why = f"left out: {', '.join(excluded) or 'no node'}, no longer {', '.join(before)}"
+                yield _act("start_now", group, why, task=job.task, exclude=tuple(excluded))
+        elif job.state in FAILED_STATES and _may_come_back(group):
+            yield _act("requeue", group, f"Slurm says {job.state}", task=job.task)
+
+
+def _is_requeue_delay(view: View, job: Job) -> bool:
+    """Whether a task waits for what Slurm adds to a requeue, and not for a time that a person
+    chose: it had started before (a spare is nobody's group yet), and it is a matter of minutes."""
+    group = None if job.task is None else view.state.group_of_task(job.task)
+    if group is not None and group.attempt == 0:
+        return False
+    start = Clock().seconds(job.start) if job.start else None
+    return start is None or start - view.now < LONGEST_DELAY
+
+
+def _taken_over(view: View) -> Iterator[Action]:
+    """Lost groups, each with a spare that stands ready."""
+    free = list(view.spares)
+    for group in view.state.groups.values():
+        incident = view.state.open_incident(group.replica)
+        if incident is None or incident.rejoined_at is not None or group.ended_ok:
+            continue
+        if group.next == Next.NEVER.value or not _out(view, group):
+            continue
+        fitting = [spare for spare in free if spare.host != incident.host]
+        if not fitting:
+            continue
+        spare = fitting[0]
+        free.remove(spare)
+        why = f"the spare in task {spare.task} on {spare.host} stands ready"
+        yield _act("take_over", group, why, task=spare.task)
+
+
+def _out(view: View, group: Group) -> bool:
+    """Whether a group is away, and not just about to come back by itself."""
+    if group.replica in view.state.members:
+        return False
+    starting = group.state is GroupState.STARTING and view.now - group.since > ALMOST_THERE
+    return group.state is not GroupState.DONE and not starting
+
+
+def _may_come_back(group: Group) -> bool:
+    """A failed task whose launcher was killed, or could not requeue itself. One that never
+    started its training failed for something that a person must mend."""
+    if group.attempt == 0 or group.ended_ok or group.next == Next.NEVER.value:
+        return False
+    if group.requeues >= MOST_REQUEUES:
+        return False
+    # (It may have been killed before it could do what it said it would.)
+    return not group.ended or group.next in (Next.ELSEWHERE.value, Next.HERE.value)
+
+
+def _hung(view: View) -> Iterator[Action]:
+    """Members of the quorum that others wait for too long."""
+    state, waiting = view.state, view.waiting
+    if waiting.since is None or not waiting.requested:
+        return
+    waited = view.now - waiting.since
+    for replica in state.members:
+        group = state.group(replica)
+        if replica in waiting.requested or not _runs(group):
+            continue
+        longer = view.collective if _another_is_away(view, replica) else 0.0
+        if waited > patience(state, group) + longer:
+            why = f"hung: did not join the quorum that others waited {waited:.0f} s for"
+            yield _act("restart", group, why)
+
+
+def _another_is_away(view: View, replica: int) -> bool:
+    """Whether one more member has not joined, or is a new copy: that one may have died in a
+    collective, in which this one then waits until the collective's own time is over, while
+    others saw it break at once."""
+    return any(
+        other not in view.waiting.requested or not _runs(view.state.group(other))
+        for other in view.state.members
+        if other != replica
+    )
+
+
+def patience(state: RunState, group: Group) -> float:
+    """Seconds that others wait for a group before it is taken to be hung."""
+    if group.busy:
+        return BUSY_SECONDS
+    if group.last_commit is None or group.last_commit < (state.quorum_since or 0.0):
+        return FIRST_STEPS_SECONDS
+    return usual_patience(state.groups.values())
+
+
+def _silent(view: View) -> Iterator[Action]:
+    """Groups that are out of the quorum, or never come to it, while their tasks run."""
+    running = {job.task for job in view.jobs if job.state == "RUNNING"}
+    for group in view.state.groups.values():
+        node = view.nodes.get(group.host)
+        if group.task_index not in running or group.ended or (node and not node.responds):
+            continue
+        seconds = view.now - group.since
+        if group.state is GroupState.LOST and seconds > SILENT_SECONDS and view.state.members:
+            yield _act("restart", group, f"stopped: silent for {seconds:.0f} s, and its task runs")
+        elif group.state is GroupState.STARTING and seconds > START_SECONDS:
+            yield _act("restart", group, f"stuck: starting for {seconds:.0f} s")
+
+
+def _runs(group: Group) -> bool:
+    return group.state in (GroupState.TRAINING, GroupState.HEALING, GroupState.STALLED)
+
+
+def excluded_nodes(view: View) -> list[str]:
+    """Nodes that are to be left out: unfit ones, and those on which groups were lost again and
+    again; never so many that the run could not have all its nodes."""
+    losses: Counter[str] = Counter()
+    for incident in view.state.incidents:
+        if incident.host and view.now - incident.lost_at < BAD_NODE_SECONDS:
+            losses[incident.host] += 1
+    bad = {host: count for host, count in losses.items() if count >= BAD_NODE_LOSSES}
+    for host, t in view.state.unfit.items():
+        if view.now - t < BAD_NODE_SECONDS:
+            bad[host] = bad.get(host, 0) + 1000  # it said so itself
+    worst = sorted(bad, key=lambda host: (-bad[host], host))
+    tasks = max(view.state.size, len({job.task for job in view.jobs}))
+    return sorted(worst[: _spare_nodes(tasks, view.nodes.values())])
+
+
+def _spare_nodes(needed: int, nodes: Iterable[Node]) -> int:
+    return max(0, sum(node.up for node in nodes) - needed)
+
+
+def _act(
+    kind: str, group: Group, why: str, *, task: int | None = None, exclude: tuple[str, ...] = ()
+) -> Action:
+    return Action(
+        kind=kind,
+        replica=group.replica,
+        attempt=group.attempt,
+        task=group.task_index if task is None else task,
+        why=why,
+        exclude=exclude,
+    )

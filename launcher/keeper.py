@@ -1,0 +1,374 @@
+"""Keeps one replica group going on its node: starts it, starts it again, and lets go of it.
+
+::
+
+    attempt ends ─┬─ finished ───────────────► done
+                  ├─ told to stop (signal) ──► the task ends; Slurm says what comes next
+                  ├─ fenced (a newer copy) ──► ends, or becomes a spare
+                  └─ failed, hung ───────────► restarts.decide: in place, elsewhere, or never
+
+A spare does all of this before it is a group: it starts, and waits to be told which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from launcher import lease, lighthouse, nodecheck, records, spares, stacks
+from launcher.environment import Task, common_environment, replica_environment
+from launcher.gpus import GpuSampler
+from launcher.lease import patiently
+from launcher.model import KitError
+from launcher.orders import Order, OrderReader
+from launcher.payload import Payload, complain, say, why
+from launcher.plan import Ended, Plan
+from launcher.relay import Relay
+from launcher.restarts import UNFIT, Decision, Ending, Next, decide
+from launcher.rundir import create_once
+from launcher.slurm import Slurm
+
+#: Seconds between two looks at the lease and at the guardian's orders, and the same of a spare.
+LOOK_EVERY, STAND_BY_EVERY = 1.0, 0.2
+#: Seconds without a word of the lighthouse, which answers ten heartbeats a second, after which
+#: the connections to it are made anew: less than any other copy of the group needs to take its
+#: place (it counts as lost after 1.5 s).
+SILENCE = 3.0
+#: Exit code of a task that asks to be started elsewhere (``EX_TEMPFAIL`` of ``<sysexits.h>``).
+ELSEWHERE_CODE = 75
+#: Seconds to wait for Slurm to end a task that it was asked to requeue.
+REQUEUE_SECONDS = 60.0
+#: Seconds of training after which an attempt that logs no commits of ours counts as trained.
+TRAINED_SECONDS = 300.0
+#: Replica id of a spare that is no group yet.
+NO_GROUP = -1
+#: Why a spare's ranks are ended when there is nothing left to take over.
+FINISHED = "the run has finished"
+
+
+class Keeper:
+    """Runs one replica group until it is done, or better off elsewhere."""
+
+    def __init__(self, plan: Plan, task: Task, slurm: Slurm) -> None:
+        self._plan = plan
+        self._task = task
+        self._slurm = slurm
+        self._folder = lighthouse.LighthouseDir.of_run(plan.run, plan.manifest)
+        self._orders = OrderReader(plan.run.orders)
+        list(self._orders.every())  # what was ordered before our time is not for us
+        self._lease: lease.Lease | None = None
+        self._stood_by = 0
+        self._must_end = ""
+        self._port = 0
+        self._started = 0.0
+        self._events_from = 0
+        """Size of the group's structured events when this attempt began."""
+
+    def run(self) -> int:
+        """Keep the group going.
+
+        Returns:
+            The task's exit code.
+
+        Raises:
+            KitError: the group cannot be started at all.
+        """
+        run, manifest = self._plan.run, self._plan.manifest
+        with Relay(self._lighthouse, silence=SILENCE) as relay:
+            self._port = relay.port
+            while True:
+                if run.finished.exists():
+                    return self._end_with_the_run()
+                role = patiently(lambda: spares.role(run, manifest, self._task.index))
+                ended = self._stand_by() if role is None else self._train(role)
+                if self._fenced() and self._another_tasks():
+                    continue  # a spare has its place: now this one is the spare
+                if not ended.reason:
+                    return ended.code
+                if run.finished.exists():
+                    return self._end_with_the_run()
+                decision = self._decide(ended)
+                self._note("exit", code=ended.code, reason=ended.reason, trained=ended.trained,
+                           next=decision.next.value, why=decision.why)  # fmt: skip
+                complain(f"{self._name} is {decision.next.value} ({decision.why})")
+                time.sleep(decision.pause)
+                if decision.next is not Next.HERE:
+                    return self._leave(decision, ended.code)
+                if self._fenced() and not self._another_tasks():
+                    complain(f"{self._name} is not started again: a newer copy runs elsewhere")
+                    return 0
+
+    def _end_with_the_run(self) -> int:
+        """Alone, a group would train again from the beginning: nobody is left to heal from."""
+        say(f"{self._name} ends: {FINISHED}")
+        if self._lease is not None and not self._fenced():
+            self._note("exit", code=0, reason=FINISHED)
+        return 0
+
+    @property
+    def _name(self) -> str:
+        task = self._task
+        if task.replica == NO_GROUP:
+            return f"spare {task.index} on {task.node}"
+        return f"replica {task.replica} (attempt {task.attempt}) on {task.node}"
+
+    # -- attempts ----------------------------------------------------------------------
+
+    def _train(self, replica: int) -> Ended:
+        """One attempt of a replica group."""
+        task, env = self._begin(replica)
+        if problem := self._unfit():
+            return Ended(code=ELSEWHERE_CODE, reason=problem)
+        folder = self._plan.run.ranks(task.replica, task.attempt)
+        folder.mkdir(parents=True, exist_ok=True)
+        return self._run(self._plan.argv(folder, self._plan.flags(task)), env, self._watch)
+
+    def _stand_by(self) -> Ended:
+        """Start ranks that wait, and be whatever group they are told to be."""
+        run = self._plan.run
+        self._task, self._lease, self._must_end = replace(self._task, replica=NO_GROUP), None, ""
+        self._stood_by += 1
+        say(f"{self._name} starts, to stand ready")
+        if problem := self._unfit():
+            return Ended(code=ELSEWHERE_CODE, reason=problem)
+        folder = run.standby_ranks(self._task.index, self._stood_by)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="tft-spare-") as local:
+            assignment = Path(local) / "assignment.json"
+            assignment.touch()
+            env = common_environment(self._plan.env, self._plan.site)
+            env |= {"TFT_STANDBY": str(assignment), "TFT_FAILURES": str(folder / "failures.json")}
+            try:
+                return self._run(
+                    self._plan.argv(folder, []),
+                    env,
+                    lambda done: self._await_orders(done, assignment),
+                )
+            finally:
+                spares.withdraw(run.groups, self._task.index)
+
+    def _begin(self, replica: int) -> tuple[Task, dict[str, str]]:
+        """Take the lease of a replica group; who it is now, and its environment."""
+        plan, run, before = self._plan, self._plan.run, self._task
+        path, index, host = run.lease(replica), before.index, before.node
+        held = patiently(lambda: lease.take(path, replica=replica, task=index, host=host))
+        task = replace(before, replica=replica, attempt=held.number)
+        self._must_end, self._started = "", time.monotonic()
+        self._task, self._lease = task, held
+        self._events_from = self._events_size()
+        say(f"launching replica {task.replica} (attempt {task.attempt}) on {task.node}")
+        self._note("launch", task=task.index)
+        env = replica_environment(plan.env, plan.site, plan.manifest, run, task)
+        if plan.site.relay:
+            env["TORCHFT_LIGHTHOUSE"] = f"http://127.0.0.1:{self._port}"
+        return task, env
+
+    def _unfit(self) -> str:
+        """Why this node cannot train; empty when it can."""
+        plan = self._plan
+        try:
+            nodecheck.check(
+                plan.site,
+                plan.run.path,
+                plan.manifest.ranks_per_group,
+                manager_port=int(plan.env.get("TORCHFT_MANAGER_PORT") or "0"),
+            )
+        except nodecheck.SharedFolderError as error:
+            complain(f"{self._name} failed: {error}")
+            return str(error)
+        except nodecheck.UnfitNodeError as error:
+            complain(f"{self._name} failed: {UNFIT}{error}")
+            return f"{UNFIT}{error}"
+        return ""
+
+    def _run(
+        self, argv: list[str], env: Mapping[str, str], watch: Callable[[threading.Event], None]
+    ) -> Ended:
+        payload = Payload(argv, env, lambda: self._must_end)
+        done = threading.Event()
+        threading.Thread(
+            target=self._guarded(watch), args=(done,), name="watch", daemon=True
+        ).start()
+        sampling = (
+            GpuSampler(self._note) if self._plan.site.device == "cuda" else contextlib.nullcontext()
+        )
+        try:
+            with sampling:
+                code = payload.run()
+        finally:
+            done.set()
+        return self._judge(payload, code, Path(env["TFT_FAILURES"]))
+
+    def _judge(self, payload: Payload, code: int, failures: Path) -> Ended:
+        """Say how an attempt ended."""
+        run, task = self._plan.run, self._task
+        if payload.stopped_by is not None:
+            reason = f"stopped by {payload.stopped_by.name}"
+            complain(f"{self._name} was {reason} (node down, requeue, time limit or cancel)")
+        elif payload.killed_for == FINISHED:
+            say(f"{self._name} ends: {FINISHED}")
+            return Ended(code=0)
+        elif self._fenced():
+            complain(f"{self._name} was fenced: a newer copy of this replica group runs elsewhere")
+            # The group's state is the newer copy's: this is told, and changes nothing.
+            self._note("fenced")
+            return Ended(code=0)
+        elif payload.killed_for or code != 0 or task.replica == NO_GROUP:
+            reason = payload.killed_for or why(failures, code)
+            where = "" if payload.killed_for else f"; every rank's output: {failures.parent}"
+            complain(f"{self._name} failed: {reason}{where}")
+            return Ended(code=code or 1, reason=reason, trained=self._has_trained())
+        else:
+            reason = "finished"
+            text = json.dumps({"replica": task.replica, "t": time.time()}) + "\n"
+            try:
+                create_once(run.finished, text)
+            except (KitError, OSError) as error:
+                complain(f"that the run has finished is not written down: {error}")
+            say(f"{self._name} finished")
+        self._note("exit", code=code, reason=reason)
+        return Ended(code=code)
+
+    def _decide(self, ended: Ended) -> Decision:
+        """Remember this ending beside those of earlier attempts, and decide on all of them."""
+        run, task = self._plan.run, self._task
+        path = run.endings(task.replica)
+        if task.replica == NO_GROUP:
+            path = run.groups / f"spare-{task.index}.endings.jsonl"
+        ending = Ending(t=time.time(), host=task.node, reason=ended.reason, trained=ended.trained)
+        return decide(records.remember(path, ending), self._plan.limits, ending.t)
+
+    def _leave(self, decision: Decision, code: int) -> int:
+        if decision.next is Next.NEVER:
+            return code
+        if not self._plan.slurm_task:
+            return ELSEWHERE_CODE
+        try:
+            self._slurm.requeue(self._plan.slurm_task)
+        except KitError as error:
+            complain(f"it cannot requeue itself ({error}): the guardian does, if there is one")
+            return ELSEWHERE_CODE
+        time.sleep(REQUEUE_SECONDS)  # Slurm's SIGTERM ends this
+        return ELSEWHERE_CODE
+
+    # -- beside the ranks, in threads of their own: shared files may hang, ranks must not ----
+
+    def _watch(self, done: threading.Event) -> None:
+        """Look for a newer copy and for orders, while a group trains."""
+        while not done.wait(LOOK_EVERY):
+            if self._fenced():
+                return
+            run, task = self._plan.run, self._task
+            order = self._orders.restart(task.replica, task.attempt)
+            if order is not None:
+                complain(f"{self._name} is to end: {order.why}; its stacks are collected first")
+                stacks.collect(
+                    run.ranks(task.replica, task.attempt),
+                    run.events(task.replica),
+                    attempt=task.attempt,
+                    start=self._events_from,
+                )
+                self._must_end = order.why
+                return
+
+    def _await_orders(self, done: threading.Event, assignment: Path) -> None:
+        """Wait to be told which group to be; then watch over it."""
+        run, task, shown = self._plan.run, self._task, 0.0
+        ranks = self._plan.manifest.ranks_per_group
+        while not done.wait(STAND_BY_EVERY):
+            if run.finished.exists():
+                self._must_end = FINISHED
+                return
+            if len(list(assignment.parent.glob("ready.*"))) < ranks:
+                continue
+            if not shown:
+                say(f"{self._name} stands ready")
+            if time.monotonic() - shown > spares.SIGN_EVERY:
+                shown = time.monotonic()
+                spares.show(
+                    run.groups, spares.Spare(task=task.index, host=task.node, t=time.time())
+                )
+            order = self._orders.take_over(task.index)
+            if order is not None and self._still_lost(order):
+                spares.withdraw(run.groups, task.index)
+                task, env = self._begin(order.replica)
+                run.ranks(task.replica, task.attempt).mkdir(parents=True, exist_ok=True)
+                news = {k: v for k, v in env.items() if self._plan.env.get(k) != v}
+                spares.assign(assignment, self._plan.flags(task), news)
+                self._watch(done)
+                return
+
+    def _still_lost(self, order: Order) -> bool:
+        """Whether the attempt that is to be replaced is still the group's newest: an order may
+        be read late, when the group has come back by itself."""
+        newest = lease.current(self._plan.run.lease(order.replica))
+        return newest is not None and newest.number == order.attempt
+
+    def _guarded(
+        self, watch: Callable[[threading.Event], None]
+    ) -> Callable[[threading.Event], None]:
+        """A watch whose end is noticed: without one, nobody would be fenced or restarted."""
+
+        def guarded(done: threading.Event) -> None:
+            try:
+                watch(done)
+            except Exception as error:
+                complain(f"{self._name}: its watch failed: {error!r}")
+                self._must_end = f"its watch failed: {error}"
+
+        return guarded
+
+    def _lighthouse(self) -> tuple[str, int] | None:
+        """Where the lighthouse is, for the relay; nowhere for a copy that has been replaced, or
+        that cannot see whether it has."""
+        mine = self._lease
+        if mine is not None and not lease.held(self._plan.run.lease(mine.replica), mine):
+            return None
+        return self._folder.whereabouts(self._plan.manifest.lighthouse)
+
+    def _fenced(self) -> bool:
+        """Whether a newer copy of our group has started."""
+        held = self._lease
+        if held is None or not lease.lost(self._plan.run.lease(held.replica), held):
+            return False
+        self._must_end = self._must_end or "fenced"
+        return True
+
+    def _another_tasks(self) -> bool:
+        """Whether the newer copy is another array task's, and not this one's, started anew."""
+        mine = self._lease
+        newest = lease.current(self._plan.run.lease(mine.replica)) if mine is not None else None
+        return newest is not None and newest.task != self._task.index
+
+    # -- the group's own records -----------------------------------------------------
+
+    def _has_trained(self) -> bool:
+        if self._lease is None:
+            return False
+        return time.monotonic() - self._started > TRAINED_SECONDS or self._committed()
+
+    def _events_size(self) -> int:
+        with contextlib.suppress(OSError):
+            return self._plan.run.events(self._task.replica).stat().st_size
+        return 0
+
+    def _committed(self) -> bool:
+        """Whether the events of this attempt tell of a committed step."""
+        with (
+            contextlib.suppress(OSError),
+            self._plan.run.events(self._task.replica).open("rb") as file,
+        ):
+            file.seek(self._events_from)
+            return any(b'"kind":"commit"' in x and b'"committed":true' in x for x in file)
+        return False
+
+    def _note(self, kind: str, **fields: object) -> None:
+        if self._task.replica == NO_GROUP:
+            return  # it has no events of its own
+        records.note(self._plan.run, self._task, kind, **fields)

@@ -1,0 +1,52 @@
+"""What a launcher writes down of its replica group: events, and how its attempts ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from launcher.environment import Task
+from launcher.payload import complain
+from launcher.restarts import Ending
+from launcher.rundir import RunDir
+
+
+def remember(path: Path, ending: Ending) -> list[Ending]:
+    """Add an ending to those of earlier attempts; all of them, oldest first. A full disk costs
+    the memory, and not the decision."""
+    endings = [*endings_in(path), ending]
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(ending)) + "\n")
+    return endings
+
+
+def endings_in(path: Path) -> list[Ending]:
+    """Endings of earlier attempts; what cannot be read is left out."""
+    found = []
+    with contextlib.suppress(OSError), path.open(encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, TypeError):
+                found.append(Ending(**json.loads(line)))
+    return found
+
+
+def note(run: RunDir, task: Task, kind: str, /, **fields: object) -> None:
+    """Append one event to the replica group's structured log; a full disk is no reason to die."""
+    event = {
+        "t": round(time.time(), 3),
+        "kind": kind,
+        "replica": task.replica,
+        "attempt": task.attempt,
+        "host": task.node,
+        **fields,
+    }
+    try:
+        with open(run.events(task.replica), "a", encoding="utf-8") as file:
+            file.write(json.dumps(event, separators=(",", ":")) + "\n")
+    except OSError as error:
+        complain(f"an event was lost: {error}")
