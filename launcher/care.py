@@ -29,6 +29,8 @@ FIRST_STEPS_SECONDS = 300.0
 SILENT_SECONDS = 20.0
 #: Seconds after which a group that starts again by itself is not taken over any more.
 ALMOST_THERE = 3.0
+#: Seconds after a loss in which a spare that stands ready is waited for.
+SPARE_COMES_SECONDS = 10.0
 #: Seconds that a start may take from launch to quorum.
 START_SECONDS = 900.0
 #: Requeues of a group by the guardian without one committed step in between.
@@ -92,7 +94,7 @@ def _queue(view: View) -> Iterator[Action]:
         if job.state == "PENDING" and job.reason == LAUNCH_HELD:
             yield _act("release", group, f"Slurm says {job.reason}", task=job.task)
         elif job.state == "PENDING" and job.reason == "BeginTime":
-            if not _is_requeue_delay(view, job):
+            if not _is_requeue_delay(view, job) or _spare_comes(view, job.task):
                 continue
             why = "Slurm's requeue delay is cut short"
             if excluded:
@@ -116,6 +118,16 @@ def _is_requeue_delay(view: View, job: Job) -> bool:
         return False
     start = Clock().seconds(job.start) if job.start else None
     return start is None or start - view.now < LONGEST_DELAY
+
+
+def _spare_comes(view: View, task: int) -> bool:
+    """Whether a spare is about to take over the group of a task, which need not hurry then: the
+    group that it started would be fenced on its way."""
+    group = view.state.group_of_task(task)
+    incident = None if group is None else view.state.open_incident(group.replica)
+    if incident is None or view.now - incident.lost_at > SPARE_COMES_SECONDS:
+        return False
+    return any(spare.host != incident.host for spare in view.spares)
 
 
 def _taken_over(view: View) -> Iterator[Action]:

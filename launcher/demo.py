@@ -104,15 +104,16 @@ class Demo:
         )
 
         node = state.groups[LOST].host
+        attempt = state.groups[LOST].attempt
         self._title(f"Node {node} goes down under replica {LOST}")
         self._command(f"scontrol update NodeName={node} State=DOWN Reason=drill")
         survivor = state.groups[1 - LOST]
         at = survivor.step
         self._wait("survive", lambda: LOST not in state.members and survivor.step > at + 2)
         self._tell(f"replica {1 - LOST} trains on alone (step {survivor.step})")
-        attempt = state.groups[LOST].attempt
         self._wait(
-            "requeue", lambda: bool(state.groups[LOST].waiting) or state.groups[LOST].attempt > 1
+            "requeue",
+            lambda: bool(state.groups[LOST].waiting) or state.groups[LOST].attempt > attempt,
         )
         self._command(f"scontrol update NodeName={node} State=RESUME")
         self._wait(

@@ -7,13 +7,13 @@ guardian that is started anew reads there what it need not do again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import time
 from collections.abc import Iterator
 
 from launcher import orders, spares
 from launcher.care import Action, View, needed
+from launcher.lock import acquire
 from launcher.model import KitError, UsageError
 from launcher.preflight import setting
 from launcher.rundir import RunDir
@@ -68,16 +68,13 @@ class Guardian:
             UsageError: another one looks after it.
         """
         run.path.mkdir(parents=True, exist_ok=True)
-        with run.guardian_lock.open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"another guardian looks after {run.name}: that of its lighthouse, or another "
-                    "`monitor --act`"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
+        held = acquire(run.guardian_lock)
+        if held is None:
+            raise UsageError(
+                f"another guardian looks after {run.name}: that of its lighthouse, or another "
+                "`monitor --act`"
+            )
+        with held:
             yield cls(run, slurm)
 
     def tend(self, watcher: Watcher) -> list[Notice]:

@@ -8,7 +8,6 @@ that is and go there themselves: the relay carries those who came by themselves.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import os
 import signal
@@ -37,6 +36,7 @@ from launcher.lighthouse_child import (
     LighthouseChild,
     LighthouseSettings,
 )
+from launcher.lock import acquire
 from launcher.model import BlindError, KitError, UsageError
 from launcher.process import start_time
 from launcher.relay import Relay
@@ -104,16 +104,13 @@ class Supervisor:
     def _name_held(self) -> Iterator[None]:
         """One name, one lighthouse: two of a name would split a run's groups."""
         self._folder.path.mkdir(parents=True, exist_ok=True)
-        with (self._folder.path / ".lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"another lighthouse of the name {self._folder.path.name} is coming up: "
-                    "`python -m launcher lighthouse status` tells of it; choose another --name"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
+        held = acquire(self._folder.path / ".lock")
+        if held is None:
+            raise UsageError(
+                f"another lighthouse of the name {self._folder.path.name} is coming up: "
+                "`python -m launcher lighthouse status` tells of it; choose another --name"
+            )
+        with held:
             yield
 
     def _keep(self, log: CappedLog) -> None:

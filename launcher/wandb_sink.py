@@ -7,7 +7,6 @@ module is that child.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import netrc
 import os
@@ -21,6 +20,7 @@ from typing import IO, Any
 
 from launcher.environment import wandb_project, wandb_run_id, wandb_switch
 from launcher.incidents import Incident
+from launcher.lock import acquire
 from launcher.model import KitError
 from launcher.parentage import die_with_parent
 from launcher.rundir import Manifest, RunDir
@@ -51,17 +51,12 @@ def _logged_in(env: Mapping[str, str]) -> bool:
 def open_controller(run: RunDir, env: Mapping[str, str]) -> Controller | None:
     """The run's controller run; None while another monitor has it (two would mix their rows)."""
     try:
-        lock = run.controller_lock.open("a")
+        held = acquire(run.controller_lock)
     except OSError:
         return Controller(run.manifest(), env, folder="", lock=None)  # of somebody else's run
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
+    if held is None:
         return None
-    except OSError:
-        pass  # a file system without locks
-    return Controller(run.manifest(), env, folder=str(run.path), lock=lock)
+    return Controller(run.manifest(), env, folder=str(run.path), lock=held)
 
 
 class Controller:

@@ -233,6 +233,19 @@ def test_a_lost_group_is_taken_over_by_a_spare_of_another_node() -> None:
     assert (action.kind, action.task) == ("start_now", 1)
 
 
+def test_a_lost_groups_task_does_not_race_the_spare_that_takes_it_over() -> None:
+    state = training()
+    say(state, 112.0, "exit", 1, code=143, reason="stopped by SIGTERM")
+    begin, spare = [job(1, "PENDING", "BeginTime")], Spare(task=3, host="w7", t=112.0)
+    assert not needed(View(state=state, now=112.5, jobs=begin, spares=[spare])), "still a member"
+    say(state, 113.5, "membership", None, quorum_id=2, members=[(0, "u0", 20, "")])
+    view = View(state=state, now=113.6, jobs=begin, spares=[spare])
+    assert kinds(view) == [("take_over", 1)]
+    # Nobody waits for ever for a spare that does not come, nor for one on the lost node.
+    assert ("start_now", 1) in kinds(replace(view, now=124.0))
+    assert kinds(replace(view, spares=[replace(spare, host="w1")])) == [("start_now", 1)]
+
+
 def test_bad_nodes_are_left_out_and_never_too_many() -> None:
     state = training()
     for number in range(3):

@@ -18,6 +18,7 @@ ORDER = [
     "parentage",
     "lighthouse_process",
     "model",
+    "lock",
     "process",
     "restarts",
     "timeouts",
