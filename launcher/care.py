@@ -35,6 +35,8 @@ SPARE_COMES_SECONDS = 10.0
 START_SECONDS = 900.0
 #: Requeues of a group by the guardian without one committed step in between.
 MOST_REQUEUES = 10
+#: Requeues of a spare by one guardian.
+MOST_SPARE_REQUEUES = 5
 #: Seconds up to which a waiting time can be Slurm's own (its default is 121).
 LONGEST_DELAY = 600.0
 #: Slurm's states of a task that ended badly, and that a requeue may mend. (A person cancels; a
@@ -51,7 +53,8 @@ class Action:
 
     kind: str
     """``release``, ``start_now``, ``requeue``, ``restart`` or ``take_over``."""
-    replica: int
+    replica: int | None
+    """None: for a spare, which is nobody's group yet."""
     attempt: int
     task: int
     """Array task that is meant."""
@@ -73,6 +76,8 @@ class View:
     """Nodes that were left out for a task, as last told to Slurm."""
     spares: Sequence[Spare] = ()
     """Spares that stand ready."""
+    requeued: Mapping[int, int] = field(default_factory=dict)
+    """How often each task has been requeued by this guardian."""
     collective: float = 30.0
     """Seconds after which a collective between replica groups fails."""
 
@@ -89,8 +94,7 @@ def _queue(view: View) -> Iterator[Action]:
     for job in view.jobs:
         if job.task is None:
             continue
-        # A spare that waits in the queue is nobody's group yet.
-        group = view.state.group_of_task(job.task) or Group(replica=job.task)
+        group = view.state.group_of_task(job.task)
         if job.state == "PENDING" and job.reason == LAUNCH_HELD:
             yield _act("release", group, f"Slurm says {job.reason}", task=job.task)
         elif job.state == "PENDING" and job.reason == "BeginTime":
@@ -106,7 +110,11 @@ def _queue(view: View) -> Iterator[Action]:
             if before and before != tuple(excluded):
                 why = f"left out: {', '.join(excluded) or 'no node'}, no longer {', '.join(before)}"
                 yield _act("start_now", group, why, task=job.task, exclude=tuple(excluded))
-        elif job.state in FAILED_STATES and _may_come_back(group):
+        elif job.state in FAILED_STATES and (
+            _may_come_back(group)
+            if group is not None
+            else view.requeued.get(job.task, 0) < MOST_SPARE_REQUEUES
+        ):
             yield _act("requeue", group, f"Slurm says {job.state}", task=job.task)
 
 
@@ -180,7 +188,7 @@ def _hung(view: View) -> Iterator[Action]:
         longer = view.collective if _another_is_away(view, replica) else 0.0
         if waited > patience(state, group) + longer:
             why = f"hung: did not join the quorum that others waited {waited:.0f} s for"
-            yield _act("restart", group, why)
+            yield _act("restart", group, why, task=group.task_index)
 
 
 def _another_is_away(view: View, replica: int) -> bool:
@@ -212,9 +220,11 @@ def _silent(view: View) -> Iterator[Action]:
             continue
         seconds = view.now - group.since
         if group.state is GroupState.LOST and seconds > SILENT_SECONDS and view.state.members:
-            yield _act("restart", group, f"stopped: silent for {seconds:.0f} s, and its task runs")
+            why = f"stopped: silent for {seconds:.0f} s, and its task runs"
+            yield _act("restart", group, why, task=group.task_index)
         elif group.state is GroupState.STARTING and seconds > START_SECONDS:
-            yield _act("restart", group, f"stuck: starting for {seconds:.0f} s")
+            why = f"stuck: starting for {seconds:.0f} s"
+            yield _act("restart", group, why, task=group.task_index)
 
 
 def _runs(group: Group) -> bool:
@@ -242,13 +252,13 @@ def _spare_nodes(needed: int, nodes: Iterable[Node]) -> int:
 
 
 def _act(
-    kind: str, group: Group, why: str, *, task: int | None = None, exclude: tuple[str, ...] = ()
+    kind: str, group: Group | None, why: str, *, task: int, exclude: tuple[str, ...] = ()
 ) -> Action:
     return Action(
         kind=kind,
-        replica=group.replica,
-        attempt=group.attempt,
-        task=group.task_index if task is None else task,
+        replica=None if group is None else group.replica,
+        attempt=0 if group is None else group.attempt,
+        task=task,
         why=why,
         exclude=exclude,
     )

@@ -349,7 +349,9 @@ def parse_replica_event(line: bytes, source: Source | None = None) -> Event | No
     try:
         raw = json.loads(line)
         t, kind = float(raw.pop("t")), str(raw.pop("kind"))
-        replica = int(raw.pop("replica"))
+        replica = raw.pop("replica")
+        if replica is not None or kind != "action":  # one for a spare, which is no group yet
+            replica = int(replica)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if kind not in REPLICA_KINDS or not 0 <= t < 1e11:

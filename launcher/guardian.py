@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 from launcher import orders, spares
@@ -49,12 +50,13 @@ class Guardian:
     def __init__(self, run: RunDir, slurm: Slurm) -> None:
         self._run = run
         self._slurm = slurm
-        self._done: dict[tuple[str, int, int], float] = {}
+        self._done: dict[tuple[str, int | str, int], float] = {}
         self._complained: dict[str, float] = {}
         self._excluded: dict[int, tuple[str, ...]] = {}
         """Nodes left out for a task, as last told to Slurm."""
         self._owners: dict[int, list[str]] = {}
         """Nodes that its owner had left out before."""
+        self._requeued: Counter[int] = Counter()
         self._collective: float | None = None
         for order in orders.OrderReader(run.orders).every():
             self._done[order.do, order.replica, order.attempt] = order.t
@@ -88,11 +90,13 @@ class Guardian:
             nodes=watcher.nodes,
             excluded=self._excluded,
             spares=spares.ready(self._run.groups, now),
+            requeued=self._requeued,
             collective=self._collective_seconds(),
         )
         notices = []
         for action in needed(view):
-            key = (action.kind, action.replica, action.attempt)
+            who = action.replica if action.replica is not None else f"spare {action.task}"
+            key = (action.kind, who, action.attempt)
             if now - self._done.get(key, 0.0) < AGAIN[action.kind]:
                 continue
             self._done[key] = now
@@ -125,7 +129,8 @@ class Guardian:
             self._slurm.release(task)
         elif action.kind == "requeue":
             self._slurm.requeue(task)
-        else:
+            self._requeued[action.task] += 1
+        elif action.replica is not None:
             orders.give(
                 self._run.orders,
                 action.kind,
@@ -150,6 +155,7 @@ class Guardian:
             "t": round(now, 3),
             "kind": "action",
             "replica": action.replica,
+            "task": action.task,
             "attempt": action.attempt,
             "action": action.kind,
             "what": WORDS[action.kind],
@@ -159,7 +165,8 @@ class Guardian:
             file.write(json.dumps(event, separators=(",", ":")) + "\n")
 
     def _complain(self, action: Action, problem: str, now: float) -> list[Notice]:
-        text = f"guardian: replica {action.replica} cannot be helped ({action.kind}): {problem}"
+        who = "a spare" if action.replica is None else f"replica {action.replica}"
+        text = f"guardian: {who} (task {action.task}) cannot be helped ({action.kind}): {problem}"
         if now - self._complained.get(text, 0.0) < COMPLAIN_EVERY:
             return []
         self._complained[text] = now

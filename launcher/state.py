@@ -5,27 +5,24 @@ Its size depends on the number of replica groups and incidents, never on the num
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from launcher.contacts import Contacts
 from launcher.events import Event
 from launcher.groups import Group, replaced
 from launcher.incidents import (
     Cause,
     Incident,
     Sign,
-    contact_sign,
     hang_sign,
     left_out_sign,
     lighthouse_sign,
-    restart_sign,
     same_process_sign,
     sign_of,
 )
 from launcher.model import GroupState
-from launcher.observed import Notice, Observed
+from launcher.observed import Notice
+from launcher.outages import Outages
 from launcher.restarts import UNFIT
 from launcher.timeouts import HANG_SECONDS
 
@@ -35,11 +32,10 @@ __all__ = ["Notice", "RunState"]
 BUSY_WEIGHT = 0.2
 #: Kinds that are told of a copy of a group by another, or when another one runs already.
 TOLD_OF_OTHERS = frozenset({"fenced", "action"})
-_TIMED_OUT = re.compile(r"time[d ]*out|deadline|Cancelled", re.IGNORECASE)
 
 
 @dataclass(slots=True)
-class RunState(Observed):
+class RunState(Outages):
     """Everything known of a run after some events."""
 
     events: int = 0
@@ -59,7 +55,7 @@ class RunState(Observed):
         if event.kind in ("heartbeat_failed", "quorum_failed"):
             self.lighthouse_errors.append(event.t)
         if event.replica is None or event.replica > 1_000_000:
-            return []
+            return self._of_a_spare(event) if event.kind == "action" else []
         group = self.group(event.replica)
         sign = (lighthouse_sign(event) if self.outage is not None else None) or sign_of(event)
         if event.kind not in TOLD_OF_OTHERS and replaced(group, event):
@@ -70,15 +66,6 @@ class RunState(Observed):
         return [] if handler is None else list(handler(group, event))
 
     # -- the lighthouse's view -----------------------------------------------------
-
-    def _listening(self, event: Event) -> list[Notice]:
-        self.lighthouse_starts += 1
-        if self.lighthouse_starts == 1 and not self.quorum_id:
-            return []
-        if self.quorum_id and not all(self.group(r).ended_ok for r in self.members):
-            outage = self.open_outage(event.t, [restart_sign(event)])
-            outage.started_at, outage.rejoined_at = event.t, None
-        return [Notice(event.t, "the lighthouse was started again")]
 
     def _membership(self, event: Event) -> list[Notice]:
         entries: list[tuple[int, str, int, str]] = event.fields["members"]
@@ -289,42 +276,6 @@ class RunState(Observed):
                 incident.survivor_stall_s = max(incident.survivor_stall_s, pause)
                 incident.steps_lost = max(incident.steps_lost, group.failed_since_commit)
 
-    def _heartbeat_failed(self, group: Group, event: Event) -> Iterable[Notice]:
-        self.contacts.failed(group.replica, contact_sign(event))
-        signs = self.contacts.lost(self.members, event.t)
-        if signs:
-            if self.outage is None:
-                yield Notice(event.t, "the replica groups cannot reach the lighthouse")
-            self.open_outage(event.t, signs)
-
-    def _quorum_failed(self, group: Group, event: Event) -> Iterable[Notice]:
-        # Where nobody answered within the time, it may have been other groups that did not join.
-        if not _TIMED_OUT.search(str(event.get("text", ""))):
-            yield from self._heartbeat_failed(group, event)
-
-    def _lighthouse_serves(self, group: Group, t: float) -> Iterable[Notice]:
-        """A commit at ``t`` ends an outage, if the lighthouse was asked for it since.
-
-        That is after its first quorum since then; where there was none (it was cut off, not
-        restarted), at the second commit without a failed contact in between: the first one may
-        have been agreed on before.
-        """
-        outage, before = self.outage, group.last_commit
-        failed = group.replica in self.contacts.first
-        self.contacts.worked(group.replica)
-        if outage is None:
-            return
-        again = before is not None and before >= outage.lost_at and not failed
-        if outage.rejoined_at is None and (outage.started_at is not None or not again):
-            return
-        outage.recovered_at, outage.recovered_at_step = t, group.step
-        self.contacts, self.outage = Contacts(), None
-        yield Notice(
-            t,
-            f"the lighthouse is back: replica {group.replica} commits again at step {group.step}, "
-            f"{t - outage.first_sign:.1f} s after the first sign of its loss",
-        )
-
     def _metrics(self, group: Group, event: Event) -> Iterable[Notice]:
         loss = event.get("loss")
         group.loss = float(loss) if isinstance(loss, int | float) else None
@@ -391,6 +342,10 @@ class RunState(Observed):
     def _busy(self, group: Group, event: Event) -> Iterable[Notice]:
         group.busy = str(event.get("what", ""))
         return ()
+
+    def _of_a_spare(self, event: Event) -> list[Notice]:
+        what, why = event.get("what"), event.get("why")
+        return [Notice(event.t, f"guardian: the spare in task {event.get('task')} {what} ({why})")]
 
     def _action(self, group: Group, event: Event) -> Iterable[Notice]:
         """Said by the guardian."""

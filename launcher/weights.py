@@ -28,6 +28,11 @@ class WeightLedger:
     def add(self, replica: int, step: int, rank: int, digest: str) -> bool:
         """Take in one hash; True when it reveals a pair that differs."""
         key = (step, rank)
+        if self._hashes.get(key, {}).get(replica, digest) != digest:
+            # It trains this step again: the run has started over, with nobody to heal from.
+            # What is known from here on is of the training before.
+            for old in [known for known in self._hashes if known[0] >= step]:
+                del self._hashes[old]
         known = self._hashes.setdefault(key, {})
         differed = len(set(known.values())) > 1
         compared = len(known) > 1

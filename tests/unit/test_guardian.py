@@ -17,6 +17,7 @@ from launcher.care import (
     FIRST_STEPS_SECONDS,
     LAUNCH_HELD,
     MOST_REQUEUES,
+    MOST_SPARE_REQUEUES,
     SILENT_SECONDS,
     View,
     excluded_nodes,
@@ -62,7 +63,7 @@ def say(state: RunState, t: float, kind: str, replica: int | None, **fields: Any
     state.apply(Event(t=t, kind=kind, replica=replica, fields=fields))
 
 
-def kinds(view: View) -> list[tuple[str, int]]:
+def kinds(view: View) -> list[tuple[str, int | None]]:
     return [(action.kind, action.replica) for action in needed(view)]
 
 
@@ -167,7 +168,7 @@ def test_a_survivor_in_a_collective_with_a_dead_peer_is_not_taken_to_be_hung() -
     waiting = Waiting(since=110.0, requested={1})
     patient, late = 110.0 + HANG_SECONDS + 9, 110.0 + HANG_SECONDS + 11
 
-    def hung(now: float) -> list[tuple[str, int]]:
+    def hung(now: float) -> list[tuple[str, int | None]]:
         return kinds(View(state=state, now=now, waiting=waiting, collective=10.0))
 
     assert not hung(patient), "0 and 2 are both away: one of them is dead, the other waits for it"
@@ -231,6 +232,15 @@ def test_a_lost_group_is_taken_over_by_a_spare_of_another_node() -> None:
     begin = [job(1, "PENDING", "BeginTime")]
     (action,) = needed(View(state=state, now=119.0, jobs=begin))
     assert (action.kind, action.task) == ("start_now", 1)
+
+
+def test_a_failed_spare_is_requeued_and_not_for_ever() -> None:
+    view = View(state=training(), now=113.0, jobs=[job(2, "FAILED", "NonZeroExitCode")])
+    (action,) = needed(view)
+    assert (action.kind, action.replica, action.task) == ("requeue", None, 2)
+    assert needed(replace(view, requeued={2: MOST_SPARE_REQUEUES - 1}))
+    assert not needed(replace(view, requeued={2: MOST_SPARE_REQUEUES}))
+    assert not needed(replace(view, jobs=[job(2, "CANCELLED")]))
 
 
 def test_a_lost_groups_task_does_not_race_the_spare_that_takes_it_over() -> None:

@@ -57,6 +57,7 @@ ORDER = [
     "stalls",
     "contacts",
     "observed",
+    "outages",
     "state",
     "findings",
     "snapshot",

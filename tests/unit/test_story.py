@@ -22,6 +22,7 @@ from launcher.snapshot import figures
 from launcher.state import Notice, RunState
 from launcher.verdict import judge
 from launcher.watcher import Watcher
+from launcher.weights import WeightLedger
 from tests.conftest import FIXTURES, FakeRun
 
 
@@ -54,6 +55,19 @@ def fold(story: list[Event]) -> RunState:
     for event in story:
         state.apply(event)
     return state
+
+
+def test_steps_trained_again_are_not_compared_with_the_training_before() -> None:
+    ledger = WeightLedger()
+    for replica in (0, 1):
+        for step in range(5):
+            assert not ledger.add(replica, step, 0, f"first {step}")
+    # All groups are lost at once, and start over: other data, other weights.
+    for step in range(2, 5):
+        for replica in (1, 0):
+            assert not ledger.add(replica, step, 0, f"second {step}")
+    ledger.add(0, 7, 0, "x")
+    assert ledger.add(1, 7, 0, "y"), "what differs is still found"
 
 
 def test_the_story_of_a_lost_node(run: RunDir) -> None:
