@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.arena import REPOSITORY, Arena
-from benchmarks.goodput_account import Failure, schedule, useful
+from benchmarks.goodput_account import Failure, schedule
 from benchmarks.goodput_report import picture, report
 from benchmarks.goodput_systems import Contest, System, classic, kit, plain, relaunch
 from benchmarks.recovery import PLAIN
@@ -85,7 +85,7 @@ def race(
     time.sleep(max(0.0, begin + window - time.time()))
     running = [contest.running(victim) for victim in range(groups)]
     commits = [c for c in contest.commits() if c.t <= begin + window]
-    done = useful(commits, begin + window) - useful(commits, begin)
+    done = contest.done(begin, begin + window)
     return {
         "useful_group_steps": done,
         "hits": hits,

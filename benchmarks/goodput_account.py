@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 #: A manager's step that is so much lower than the newest: the training began again from there.
 STEPS_BACK = 3
-#: A failure may come so much later than planned: whom it hits has to be found.
-HIT_SECONDS = 1.5
 #: Two-sided 95 % quantiles of Student's distribution, by degrees of freedom.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
@@ -46,7 +44,7 @@ def schedule(seed: int, mean: float, window: float, groups: int) -> list[Failure
 
 def useful(commits: Sequence[Commit], until: float) -> int:
     """Group steps whose result is still there at ``until``: a training that begins again from
-    an older step has lost what came after it."""
+    an older checkpoint has lost what came after it."""
     kept: list[Commit] = []
     newest = -1
     for commit in sorted(c for c in commits if c.t <= until):
@@ -58,17 +56,14 @@ def useful(commits: Sequence[Commit], until: float) -> int:
     return len({(c.step, c.replica) for c in kept})
 
 
-def someone_holds_it(
-    commits: Sequence[Commit], hits: Sequence[Failure], running: Sequence[bool]
-) -> bool:
-    """Whether a group that still runs has committed since it was last hit. Without checkpoints a
-    training lives in its groups only: what nobody holds is lost."""
-    for group, runs in enumerate(running):
-        newest = max((c.t for c in commits if c.replica == group), default=-1.0)
-        last = max((f.at + HIT_SECONDS for f in hits if f.victim == group), default=0.0)
-        if runs and newest > last:
-            return True
-    return False
+def total_losses(commits: Sequence[Commit]) -> int:
+    """How often a training without checkpoints began anew: all of its groups were lost at once."""
+    newest, found = -1, 0
+    for commit in sorted(commits):
+        if commit.step < newest - STEPS_BACK:
+            newest, found = commit.step, found + 1
+        newest = max(newest, commit.step)
+    return found
 
 
 def ideal(failures: Sequence[Failure], window: float, groups: int, start: float) -> float:
@@ -95,8 +90,6 @@ class Losses:
     """The same groups, beyond that."""
     pauses: float
     """Groups that were not hit, and stood still."""
-    lost_work: float
-    """Steps that were committed and did not survive: all groups were away at once."""
     slower: float
     """Steps that took longer than without failures."""
 
@@ -129,15 +122,13 @@ def losses(
                 bare, longer = bare + needed, longer + excess - needed
             else:
                 pauses += excess
-    done = (useful(commits, end) - useful(commits, begin)) * step
-    committed = sum(begin < c.t <= end for c in commits) * step
+    done = sum(begin < c.t <= end for c in commits) * step
     return Losses(
         useful=done / whole,
         bare_start=bare / whole,
         longer_away=longer / whole,
         pauses=pauses / whole,
-        lost_work=(committed - done) / whole,
-        slower=1 - (committed + bare + longer + pauses) / whole,
+        slower=1 - (done + bare + longer + pauses) / whole,
     )
 
 

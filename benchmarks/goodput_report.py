@@ -16,7 +16,7 @@ from benchmarks.goodput_account import (
     ideal,
     interval,
     losses,
-    someone_holds_it,
+    total_losses,
 )
 
 NAMES = {
@@ -86,6 +86,11 @@ def report(rows: Sequence[dict[str, Any]], made: str, tokens: int) -> tuple[dict
             f"{probe['checkpoint_s']:.2f} s a checkpoint and {probe['step_s']:.2f} s a step), and starts "
             "again in its allocation one second after a failure; after a lost node Slurm requeues it."
         ),
+        (
+            "The others have no checkpoints: where all groups were lost at once and training began "
+            "anew, what had been committed counts all the same, as if it had just been saved at no "
+            f"cost ({_anew(data)})."
+        ),
         "",
         "Where the time of all groups went with this kit, in % of the window:",
         "",
@@ -107,17 +112,24 @@ def _of_schedule(
     window, groups, start = data["window"], data["groups"], statistics.median(data["starts"])
     systems = {}
     for system in NAMES:
-        shares = {r["seed"]: _useful(r) / ceiling for r in runs if r["system"] == system}
+        shares = {
+            r["seed"]: r["useful_group_steps"] / ceiling for r in runs if r["system"] == system
+        }
         if shares:
             mean, half = interval(list(shares.values()))
-            systems[system] = {"mean": mean, "half": half, "seeds": shares}
+            anew = (
+                0
+                if system == "classic"
+                else sum(_begun_anew(r) for r in runs if r["system"] == system)
+            )
+            systems[system] = {"mean": mean, "half": half, "seeds": shares, "begun_anew": anew}
     kit = [r for r in runs if r["system"] == "kit"]
     outage = all(r["schedule"] == "outage" for r in runs)
     ideals, where, ratios = [], [], []
     for run in kit:
         failures = [] if outage else [Failure(*each) for each in run["failures"]]
         ideals.append(ideal(failures, window, groups, start))
-        ratios.append(_useful(run) / ceiling / ideals[-1])
+        ratios.append(run["useful_group_steps"] / ceiling / ideals[-1])
         commits = [Commit(*each) for each in run["commits"]]
         where.append(losses(commits, failures, (0.0, window), groups, step, start))
     return {
@@ -135,17 +147,8 @@ def _of_schedule(
     }
 
 
-def _useful(row: dict[str, Any]) -> int:
-    """Group steps that count: all of them are lost with the last group of a training that has
-    no checkpoints."""
-    steps = int(row["useful_group_steps"])
-    if row["system"] == "classic":
-        return steps
-    commits = [Commit(*each) for each in row["commits"]]
-    hits = [Failure(*f) for f, hit in zip(row["failures"], row["hits"], strict=True) if hit]
-    running = row.get("running", [True] * row["groups"])
-    hits = [] if row["schedule"] == "outage" else hits
-    return steps if someone_holds_it(commits, hits, running) else 0
+def _begun_anew(row: dict[str, Any]) -> int:
+    return total_losses([Commit(*each) for each in row["commits"]])
 
 
 def _cell(found: dict[str, Any] | None) -> str:
@@ -153,6 +156,17 @@ def _cell(found: dict[str, Any] | None) -> str:
         return "-"
     half = "" if math.isnan(found["half"]) else f" ± {100 * found['half']:.1f}"
     return f"{100 * found['mean']:.1f}{half} % ({len(found['seeds'])})"
+
+
+def _anew(data: dict[str, Any]) -> str:
+    counts = {
+        words: sum(
+            p["systems"].get(system, {}).get("begun_anew", 0) for p in data["schedules"].values()
+        )
+        for system, words in NAMES.items()
+        if system != "classic"
+    }
+    return ", ".join(f"{words}: {count}" for words, count in counts.items())
 
 
 def _intervals(runs: Sequence[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.arena import REPOSITORY, Arena, Training, until
-from benchmarks.goodput_account import Commit
+from benchmarks.goodput_account import Commit, useful
 from benchmarks.recovery import KIT, PLAIN, plain_lighthouse, restart_plain
 from launcher.model import KitError
 
@@ -44,6 +44,12 @@ class Contest:
                     event = json.loads(line)
                     found.append(Commit(event["t"], event["step"], event["replica"]))
         return found
+
+    def done(self, begin: float, end: float) -> int:
+        """Group steps of a window that count. Without checkpoints all that was committed does,
+        also where every group was lost at once and the training began anew: as if it had just
+        been saved, at no cost. (The report says how often that was.)"""
+        return sum(begin < c.t <= end for c in self.commits())
 
     def kill(self, victim: int) -> bool:
         """Kill the rank of one group, if there is one just now."""
@@ -100,6 +106,10 @@ class ClassicContest(Contest):
     """A classic job: every step of it is a step of all its nodes."""
 
     nodes = 0
+
+    def done(self, begin: float, end: float) -> int:
+        commits = self.commits()
+        return useful(commits, end) - useful(commits, begin)
 
     def commits(self) -> list[Commit]:
         found = []
