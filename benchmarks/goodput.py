@@ -73,9 +73,7 @@ def strike(contest: Contest, name: str, failure: Failure) -> bool:
     return (contest.lose_node if name == "node" else contest.kill)(failure.victim)
 
 
-def race(
-    contest: Contest, name: str, failures: Sequence[Failure], window: float, groups: int
-) -> dict[str, Any]:
+def race(contest: Contest, name: str, failures: Sequence[Failure], window: float) -> dict[str, Any]:
     """One window of one training."""
     begin = time.time()
     hits = []
@@ -83,13 +81,11 @@ def race(
         time.sleep(max(0.0, begin + failure.at - time.time()))
         hits.append(strike(contest, name, failure))
     time.sleep(max(0.0, begin + window - time.time()))
-    running = [contest.running(victim) for victim in range(groups)]
     commits = [c for c in contest.commits() if c.t <= begin + window]
     done = contest.done(begin, begin + window)
     return {
         "useful_group_steps": done,
         "hits": hits,
-        "running": running,
         "failures": [[f.at, f.victim] for f in failures],
         "commits": [[round(c.t - begin, 3), c.step, c.replica] for c in sorted(commits)],
     }
@@ -168,7 +164,7 @@ def measure(arena: Arena, ledger: Ledger, options: argparse.Namespace) -> None:
             try:
                 with SYSTEMS[system](arena, options.groups, settings, flags) as contest:
                     failures = failures_of(name, seed, options)
-                    row = race(contest, name, failures, options.window, options.groups)
+                    row = race(contest, name, failures, options.window)
             except (TimeoutError, StopIteration) as error:
                 print(f"{system}, {name}, seed {seed}: not measured: {error}", flush=True)
                 continue

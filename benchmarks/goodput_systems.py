@@ -53,21 +53,23 @@ class Contest:
 
     def kill(self, victim: int) -> bool:
         """Kill the rank of one group, if there is one just now."""
-        hit = False
-        for process in self._processes(victim):
-            with contextlib.suppress(psutil.Error):
-                if "launcher.train" in process.cmdline():
-                    process.kill()
-                    hit = True
-        return hit
-
-    def running(self, victim: int) -> bool:
-        """Whether a rank of that group is alive."""
-        for process in self._processes(victim):
-            with contextlib.suppress(psutil.Error):
-                if "launcher.train" in process.cmdline():
-                    return True
+        with contextlib.suppress(psutil.Error):
+            for process in self._ranks(victim):
+                process.kill()
+                return True
         return False
+
+    def _ranks(self, victim: int) -> Iterator[psutil.Process]:
+        """The rank that trains (others may wait beside it)."""
+        pids = [
+            event["pid"]
+            for path in self.folder.glob(f"*_{victim}.events.jsonl")
+            for event in map(json.loads, path.read_text().splitlines())
+            if event["kind"] == "start"
+        ]
+        for process in self._processes(victim):
+            if pids and process.pid == pids[-1]:
+                yield process
 
     def lose_node(self, victim: int) -> bool:
         """Take the node of one group down, for a while."""
@@ -106,6 +108,12 @@ class ClassicContest(Contest):
     """A classic job: every step of it is a step of all its nodes."""
 
     nodes = 0
+
+    def _ranks(self, victim: int) -> Iterator[psutil.Process]:
+        for process in self._processes(victim):
+            with contextlib.suppress(psutil.Error):
+                if "launcher.train" in process.cmdline():
+                    yield process
 
     def done(self, begin: float, end: float) -> int:
         commits = self.commits()

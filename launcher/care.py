@@ -132,10 +132,17 @@ def _spare_comes(view: View, task: int) -> bool:
     """Whether a spare is about to take over the group of a task, which need not hurry then: the
     group that it started would be fenced on its way."""
     group = view.state.group_of_task(task)
-    incident = None if group is None else view.state.open_incident(group.replica)
-    if incident is None or view.now - incident.lost_at > SPARE_COMES_SECONDS:
+    if group is None:
         return False
-    return any(spare.host != incident.host for spare in view.spares)
+    incident = view.state.open_incident(group.replica)
+    if incident is not None:
+        host, since = incident.host, incident.lost_at
+    elif group.replica in view.state.members:  # its loss is about to be noticed
+        host, since = group.host, group.since
+    else:
+        return False
+    fits = any(spare.host != host for spare in view.spares)
+    return fits and view.now - since < SPARE_COMES_SECONDS
 
 
 def _taken_over(view: View) -> Iterator[Action]:

@@ -6,12 +6,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher.drills import KINDS, Kind, describe
 from launcher.lighthouse_cli import OUTPUTS, OutputsOption, say
+
+if TYPE_CHECKING:
+    from launcher.drill_command import Setting
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,21 +54,8 @@ def _command(kind: Kind) -> Callable[..., None]:
     ) -> None:
         from launcher.drill_command import one_drill
 
-        one_drill(
-            kind,
-            outputs.absolute(),
-            run or None,
-            os.environ,
-            say,
-            ask=None if yes else _ask,
-            dry=dry_run,
-            patience=patience,
-            replica=replica,
-            node=node,
-            rank=rank,
-            seconds=seconds,
-            partition=partition,
-        )
+        setting = _setting(outputs, run, dry_run, yes, seconds, partition, patience)
+        one_drill(setting, kind, replica=replica, node=node, rank=rank)
 
     return drill
 
@@ -107,21 +97,37 @@ def drill_loop(
     from launcher.drill_command import soak
 
     soak(
+        _setting(outputs, run, dry_run, yes, seconds, partition, patience),
         [name.strip() for name in kinds.split(",") if name.strip()],
-        outputs.absolute(),
-        run or None,
-        os.environ,
-        say,
-        ask=None if yes else _ask,
-        dry=dry_run,
         count=count,
         mtbf=mtbf,
         seed=seed,
         max_down=max_down,
+        json_file=json_file,
+    )
+
+
+def _setting(
+    outputs: Path,
+    run: str,
+    dry: bool,
+    yes: bool,
+    seconds: float,
+    partition: str,
+    patience: float,
+) -> Setting:
+    from launcher.drill_command import Setting
+
+    return Setting(
+        outputs=outputs.absolute(),
+        name=run or None,
+        env=os.environ,
+        say=say,
+        ask=None if yes else _ask,
+        dry=dry,
         patience=patience,
         seconds=seconds,
         partition=partition,
-        json_file=json_file,
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,87 +29,83 @@ INTERRUPTED = 130
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def one_drill(
-    kind: Kind,
-    outputs: Path,
-    name: str | None,
-    env: Mapping[str, str],
-    say: Callable[[str], None],
-    *,
-    ask: Ask | None,
-    dry: bool,
-    patience: float,
-    replica: int | None,
-    node: str,
-    rank: int,
-    seconds: float,
-    partition: str,
-) -> None:
-    """Do one drill.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What one drill and a soak have in common."""
 
-    Args:
-        ask: None: do not ask.
+    outputs: Path
+    name: str | None
+    """Run name or array job id; None: the newest."""
+    env: Mapping[str, str]
+    say: Callable[[str], None]
+    ask: Ask | None
+    """None: do not ask."""
+    dry: bool
+    patience: float
+    """Stretches every deadline."""
+    seconds: float
+    """How long what lasts a while lasts."""
+    partition: str
+    """For ``preempt``."""
+
+
+def one_drill(setting: Setting, kind: Kind, *, replica: int | None, node: str, rank: int) -> None:
+    """Do one drill.
 
     Raises:
         CriticalError: it failed.
         UsageError: it is refused.
         BlindError: the run cannot be seen.
     """
-    run, manifest, slurm = _run(outputs, name)
+    run, manifest, slurm = _run(setting)
+    say = setting.say
     with Watcher.of_run(run, slurm) as watcher:
         state = _looked(watcher)
         aim_now = partial(
-            aim, kind, run, manifest, state, slurm, env,
-            replica=replica, node=node, rank=rank, seconds=seconds, partition=partition,
+            aim, kind, run, manifest, state, slurm, setting.env,
+            replica=replica, node=node, rank=rank,
+            seconds=setting.seconds, partition=setting.partition,
         )  # fmt: skip
         target = aim_now()
-        if dry:
+        if setting.dry:
             for text in dry_run(kind, target, commands):
                 say(text)
             return
-        confirm([kind], f"{kind.name} on {aimed_at(kind, target)}", ask, say)
+        confirm([kind], f"{kind.name} on {aimed_at(kind, target)}", setting.ask, say)
         with _interruptible(say):
-            run_drill(kind, aim_now, watcher, Injector(slurm, say), say, patience)
+            run_drill(kind, aim_now, watcher, Injector(slurm, say), say, setting.patience)
 
 
 def soak(
+    setting: Setting,
     kinds: Sequence[str],
-    outputs: Path,
-    name: str | None,
-    env: Mapping[str, str],
-    say: Callable[[str], None],
     *,
-    ask: Ask | None,
-    dry: bool,
     count: int,
     mtbf: str,
     seed: int,
     max_down: int,
-    patience: float,
-    seconds: float,
-    partition: str,
     json_file: Path | None,
 ) -> None:
     """Do many drills, and report on them; raises what `one_drill` does."""
-    run, manifest, slurm = _run(outputs, name)
-    size = manifest.group_size
+    run, manifest, slurm = _run(setting)
+    say, size = setting.say, manifest.group_size
     mean = duration(mtbf)
     planned = schedule(kinds, count=count, mtbf=mean, seed=seed, size=size)
     if max_down >= size:
         raise UsageError(f"--max-down must leave one of {size} replica groups to heal from")
-    if dry:
+    if setting.dry:
         for one in planned:
             say(f"after {one.wait:6.1f} s  {one.kind:<17}  replica {one.replica}")
         return
     asked_about = f"{count} failures ({', '.join(kinds)}) in {run.name}"
-    confirm([KINDS[kind] for kind in kinds], asked_about, ask, say)
+    confirm([KINDS[kind] for kind in kinds], asked_about, setting.ask, say)
     with Watcher.of_run(run, slurm) as watcher:
         state = _looked(watcher)
 
         def aim_at(kind: Kind, replica: int) -> Target:
             return aim(
-                kind, run, manifest, state, slurm, env,
-                replica=replica, seconds=seconds, partition=partition,
+                kind, run, manifest, state, slurm, setting.env,
+                replica=replica, seconds=setting.seconds, partition=setting.partition,
             )  # fmt: skip
 
         for kind in dict.fromkeys(kinds):
@@ -123,7 +120,7 @@ def soak(
                 seed=seed,
                 mtbf=mean,
                 max_down=max_down,
-                patience=patience,
+                patience=setting.patience,
                 supervisor=_supervisor(run, manifest),
                 launches=partial(launches_and_actions, run, size),
             )
@@ -198,8 +195,8 @@ def launches_and_actions(run: RunDir, size: int) -> list[Event]:
     return found
 
 
-def _run(outputs: Path, name: str | None) -> tuple[RunDir, Manifest, Slurm]:
-    run = Outputs(outputs).find(name)
+def _run(setting: Setting) -> tuple[RunDir, Manifest, Slurm]:
+    run = Outputs(setting.outputs).find(setting.name)
     return run, run.manifest(), Slurm()
 
 

@@ -36,10 +36,7 @@ def replica_environment(
     base: Mapping[str, str], site: Site, manifest: Manifest, run: RunDir, task: Task
 ) -> dict[str, str]:
     """Environment for torchrun of one replica group; what ``base`` sets by hand stays."""
-    env = common_environment(base, site)
-    defaults = {variable.name: variable.default for variable in VARIABLES}
-    for name in _DEFAULTED:
-        env[name] = base.get(name) or defaults[name]
+    env = waiting_environment(base, site)
     env |= {
         "TORCHFT_LIGHTHOUSE": manifest.lighthouse,
         "REPLICA_GROUP_ID": str(task.replica),
@@ -80,6 +77,13 @@ def wandb_switch(env: Mapping[str, str]) -> bool | None:
     if mode in ("offline", "dryrun") or env.get("WANDB_API_KEY"):
         return True
     return None
+
+
+def waiting_environment(base: Mapping[str, str], site: Site) -> dict[str, str]:
+    """What the ranks of a replica group get before it is known which one they are to be."""
+    env = common_environment(base, site)
+    defaults = {variable.name: variable.default for variable in VARIABLES}
+    return env | {name: base.get(name) or defaults[name] for name in _DEFAULTED}
 
 
 def common_environment(base: Mapping[str, str], site: Site) -> dict[str, str]:

@@ -63,6 +63,8 @@ class Group:
     boot: dict[str, float] = field(default_factory=dict)
     """Where the time of its newest start went, seconds by phase, in their order: torchrun,
     imports, model, quorum, first step."""
+    launched_at: float = 0.0
+    """Start of its newest attempt, Unix seconds."""
     boot_at: float = 0.0
     """When the newest of those phases ended, Unix seconds."""
     xids: deque[tuple[float, int, int]] = field(default_factory=lambda: deque(maxlen=16))

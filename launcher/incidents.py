@@ -62,8 +62,8 @@ class Incident:
     """The line that names the cause, where that says more than the cause itself."""
     first_sign: float
     detected_at: float | None = None
-    """First quorum without the group. Of the lighthouse: more than half of the groups could not
-    reach it, or it was started again."""
+    """First quorum without the group, or with its next copy already. Of the lighthouse: more than
+    half of the groups could not reach it, or it was started again."""
     lost_at_step: int = 0
     steps_lost: int = 0
     """Steps that the survivors tried and could not commit."""
@@ -89,8 +89,13 @@ class Incident:
     evidence: list[Sign] = field(default_factory=list)
 
     @property
+    def replaced(self) -> bool:
+        """Whether its next copy was in the quorum before it was missed there."""
+        return self.detected_at is not None and self.detected_at == self.rejoined_at
+
+    @property
     def lost_at(self) -> float:
-        return self.detected_at if self.detected_at is not None else self.first_sign
+        return self.first_sign if self.detected_at is None or self.replaced else self.detected_at
 
     @property
     def who(self) -> str:
@@ -106,7 +111,8 @@ class Incident:
             return self.first_sign <= t and (
                 self.recovered_at is None or before < self.recovered_at
             )
-        return self.replica != replica and before <= self.lost_at <= t
+        until = self.lost_at if self.detected_at is None else self.detected_at
+        return self.replica != replica and before <= until and self.lost_at <= t
 
     @property
     def why(self) -> str:

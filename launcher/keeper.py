@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher import lease, lighthouse, nodecheck, records, spares, stacks
-from launcher.environment import Task, common_environment, replica_environment
+from launcher.environment import Task, replica_environment
 from launcher.gpus import GpuSampler
 from launcher.lease import patiently
 from launcher.model import KitError
@@ -33,6 +33,7 @@ from launcher.relay import Relay
 from launcher.restarts import UNFIT, Decision, Ending, Next, decide
 from launcher.rundir import create_once
 from launcher.slurm import Slurm
+from launcher.standby import Standby
 
 #: Seconds between two looks at the lease and at the guardian's orders, and the same of a spare.
 LOOK_EVERY, STAND_BY_EVERY = 1.0, 0.2
@@ -64,6 +65,10 @@ class Keeper:
         list(self._orders.every())  # what was ordered before our time is not for us
         self._lease: lease.Lease | None = None
         self._stood_by = 0
+        """Sets of ranks that have waited so far, for a group or for the next start of this one."""
+        self._warm: Standby | None = None
+        """Ranks that wait for the next start in place."""
+        self._warm_wanted = False
         self._must_end = ""
         self._port = 0
         self._started = 0.0
@@ -80,8 +85,9 @@ class Keeper:
             KitError: the group cannot be started at all.
         """
         run, manifest = self._plan.run, self._plan.manifest
-        with Relay(self._lighthouse, silence=SILENCE) as relay:
+        with Relay(self._lighthouse, silence=SILENCE) as relay, contextlib.ExitStack() as stack:
             self._port = relay.port
+            stack.callback(self._end_warm)
             while True:
                 if run.finished.exists():
                     return self._end_with_the_run()
@@ -125,33 +131,34 @@ class Keeper:
         task, env = self._begin(replica)
         if problem := self._unfit():
             return Ended(code=ELSEWHERE_CODE, reason=problem)
-        folder = self._plan.run.ranks(task.replica, task.attempt)
+        folder, flags = self._plan.run.ranks(task.replica, task.attempt), self._plan.flags(task)
         folder.mkdir(parents=True, exist_ok=True)
-        return self._run(self._plan.argv(folder, self._plan.flags(task)), env, self._watch)
+        warm, self._warm = self._warm, None
+        if warm is None or not warm.alive:
+            self._end_warm()
+            return self._run(self._plan.argv(folder, flags), env, self._watch)
+        say(f"{self._name} takes the ranks that have waited here, their imports done")
+        with contextlib.ExitStack() as stack:
+            stack.callback(warm.end)
+            warm.become(flags, env)
+            return self._run(warm.argv, warm.env, self._watch, warm.process)
 
     def _stand_by(self) -> Ended:
         """Start ranks that wait, and be whatever group they are told to be."""
         run = self._plan.run
+        self._end_warm()
         self._task, self._lease, self._must_end = replace(self._task, replica=NO_GROUP), None, ""
         self._stood_by += 1
         say(f"{self._name} starts, to stand ready")
         if problem := self._unfit():
             return Ended(code=ELSEWHERE_CODE, reason=problem)
-        folder = run.standby_ranks(self._task.index, self._stood_by)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="tft-spare-") as local:
-            assignment = Path(local) / "assignment.json"
-            assignment.touch()
-            env = common_environment(self._plan.env, self._plan.site)
-            env |= {"TFT_STANDBY": str(assignment), "TFT_FAILURES": str(folder / "failures.json")}
-            try:
-                return self._run(
-                    self._plan.argv(folder, []),
-                    env,
-                    lambda done: self._await_orders(done, assignment),
-                )
-            finally:
-                spares.withdraw(run.groups, self._task.index)
+        with contextlib.ExitStack() as stack:
+            standby = Standby(self._plan, run.standby_ranks(self._task.index, self._stood_by))
+            stack.callback(standby.end)
+            stack.callback(spares.withdraw, run.groups, self._task.index)
+            return self._run(
+                standby.argv, standby.env, lambda done: self._await_orders(done, standby)
+            )
 
     def _begin(self, replica: int) -> tuple[Task, dict[str, str]]:
         """Take the lease of a replica group; who it is now, and its environment."""
@@ -161,7 +168,7 @@ class Keeper:
         task = replace(before, replica=replica, attempt=held.number)
         self._must_end, self._started = "", time.monotonic()
         self._task, self._lease = task, held
-        self._events_from = self._events_size()
+        self._events_from = records.size(run.events(task.replica))
         say(f"launching replica {task.replica} (attempt {task.attempt}) on {task.node}")
         self._note("launch", task=task.index)
         env = replica_environment(plan.env, plan.site, plan.manifest, run, task)
@@ -188,9 +195,14 @@ class Keeper:
         return ""
 
     def _run(
-        self, argv: list[str], env: Mapping[str, str], watch: Callable[[threading.Event], None]
+        self,
+        argv: list[str],
+        env: Mapping[str, str],
+        watch: Callable[[threading.Event], None],
+        process: subprocess.Popen[bytes] | None = None,
     ) -> Ended:
-        payload = Payload(argv, env, lambda: self._must_end)
+        self._warm_wanted = False
+        payload = Payload(argv, env, self._whether_it_must_end, process)
         done = threading.Event()
         threading.Thread(
             target=self._guarded(watch), args=(done,), name="watch", daemon=True
@@ -204,6 +216,24 @@ class Keeper:
         finally:
             done.set()
         return self._judge(payload, code, Path(env["TFT_FAILURES"]))
+
+    def _whether_it_must_end(self) -> str:
+        """Asked by the thread that all processes live in: so it starts those that are to wait."""
+        if self._warm_wanted and self._warm is None:
+            self._warm_wanted, self._stood_by = False, self._stood_by + 1
+            folder = self._plan.run.standby_ranks(self._task.index, self._stood_by)
+            try:
+                self._warm = Standby(self._plan, folder)
+                self._warm.start()
+            except OSError as error:
+                complain(f"{self._name}: no ranks wait for its next start: {error}")
+        return self._must_end
+
+    def _end_warm(self) -> None:
+        """End the ranks that wait for the next start in place."""
+        warm, self._warm = self._warm, None
+        if warm is not None:
+            warm.end()
 
     def _judge(self, payload: Payload, code: int, failures: Path) -> Ended:
         """Say how an attempt ended."""
@@ -260,10 +290,14 @@ class Keeper:
     # -- beside the ranks, in threads of their own: shared files may hang, ranks must not ----
 
     def _watch(self, done: threading.Event) -> None:
-        """Look for a newer copy and for orders, while a group trains."""
+        """Look for a newer copy and for orders, while a group trains. From its first committed
+        step on, others wait beside it for its next start."""
+        warm = self._plan.site.warm and self._plan.limits.here > 0
         while not done.wait(LOOK_EVERY):
             if self._fenced():
                 return
+            if warm and self._committed():
+                warm, self._warm_wanted = False, True
             run, task = self._plan.run, self._task
             order = self._orders.restart(task.replica, task.attempt)
             if order is not None:
@@ -277,15 +311,14 @@ class Keeper:
                 self._must_end = order.why
                 return
 
-    def _await_orders(self, done: threading.Event, assignment: Path) -> None:
+    def _await_orders(self, done: threading.Event, standby: Standby) -> None:
         """Wait to be told which group to be; then watch over it."""
         run, task, shown = self._plan.run, self._task, 0.0
-        ranks = self._plan.manifest.ranks_per_group
         while not done.wait(STAND_BY_EVERY):
             if run.finished.exists():
                 self._must_end = FINISHED
                 return
-            if len(list(assignment.parent.glob("ready.*"))) < ranks:
+            if not standby.ready:
                 continue
             if not shown:
                 say(f"{self._name} stands ready")
@@ -299,8 +332,7 @@ class Keeper:
                 spares.withdraw(run.groups, task.index)
                 task, env = self._begin(order.replica)
                 run.ranks(task.replica, task.attempt).mkdir(parents=True, exist_ok=True)
-                news = {k: v for k, v in env.items() if self._plan.env.get(k) != v}
-                spares.assign(assignment, self._plan.flags(task), news)
+                standby.become(self._plan.flags(task), env)
                 self._watch(done)
                 return
 
@@ -353,20 +385,9 @@ class Keeper:
             return False
         return time.monotonic() - self._started > TRAINED_SECONDS or self._committed()
 
-    def _events_size(self) -> int:
-        with contextlib.suppress(OSError):
-            return self._plan.run.events(self._task.replica).stat().st_size
-        return 0
-
     def _committed(self) -> bool:
-        """Whether the events of this attempt tell of a committed step."""
-        with (
-            contextlib.suppress(OSError),
-            self._plan.run.events(self._task.replica).open("rb") as file,
-        ):
-            file.seek(self._events_from)
-            return any(b'"kind":"commit"' in x and b'"committed":true' in x for x in file)
-        return False
+        """Whether this attempt has committed a step."""
+        return records.committed(self._plan.run.events(self._task.replica), self._events_from)
 
     def _note(self, kind: str, **fields: object) -> None:
         if self._task.replica == NO_GROUP:

@@ -31,13 +31,14 @@ class Payload:
         argv: Sequence[str],
         env: Mapping[str, str],
         must_end: Callable[[], str] = lambda: "",
+        process: subprocess.Popen[bytes] | None = None,
     ) -> None:
         """``must_end`` says why it must be killed at once; empty while it need not be. It is
-        asked all the time, and must not block."""
+        asked all the time, and must not block. ``process``: it runs already, so."""
         self._argv = list(argv)
         self._env = dict(env)
         self._must_end = must_end
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = process
         self.stopped_by: signal.Signals | None = None
         self.killed_for = ""
         """What ``must_end`` said when it was killed."""
@@ -51,9 +52,10 @@ class Payload:
         """
         previous = {number: signal.signal(number, self._forward) for number in FORWARDED}
         try:
-            self._process = subprocess.Popen(
-                self._argv, env=self._env, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+            if self._process is None:
+                self._process = subprocess.Popen(
+                    self._argv, env=self._env, stdin=subprocess.DEVNULL, start_new_session=True
+                )
             if self.stopped_by is not None:
                 self._send(self.stopped_by)  # it came between the two lines above
             code = self._wait(self._process)

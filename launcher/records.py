@@ -50,3 +50,18 @@ def note(run: RunDir, task: Task, kind: str, /, **fields: object) -> None:
             file.write(json.dumps(event, separators=(",", ":")) + "\n")
     except OSError as error:
         complain(f"an event was lost: {error}")
+
+
+def size(events: Path) -> int:
+    """Bytes of a replica group's structured log; 0 while there is none."""
+    with contextlib.suppress(OSError):
+        return events.stat().st_size
+    return 0
+
+
+def committed(events: Path, start: int) -> bool:
+    """Whether the log tells of a committed step after that many bytes."""
+    with contextlib.suppress(OSError), events.open("rb") as file:
+        file.seek(start)
+        return any(b'"kind":"commit"' in x and b'"committed":true' in x for x in file)
+    return False

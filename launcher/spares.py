@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,15 +67,6 @@ def ready(folder: Path, now: float | None = None) -> list[Spare]:
                 if abs(now - spare.t) < FRESH:
                     found.append(spare)
     return found
-
-
-def assign(path: Path, flags: Sequence[str], env: Mapping[str, str]) -> None:
-    """Tell waiting ranks what to be.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    overwrite(path, json.dumps({"flags": list(flags), "env": dict(env)}))
 
 
 def _file(folder: Path, task: int) -> Path:

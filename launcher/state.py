@@ -135,6 +135,8 @@ class RunState(Outages):
             incident.detected_at = event.t
         if incident is not None:
             incident.rejoined_at = incident.rejoined_at or event.t
+            if incident.detected_at is None and replica in before:
+                incident.detected_at = event.t
             group.reached("quorum", event.t)
             same = incident.started_at is None and incident.lost_uuid == self.members[replica]
             if same and incident.cause is not Cause.LIGHTHOUSE_LOST:
@@ -144,6 +146,12 @@ class RunState(Outages):
     # -- a replica group's own view: one method a kind of event ----------------------
 
     def _sign(self, group: Group, sign: Sign) -> None:
+        if group.attempt > 1 and sign.t < group.launched_at:
+            # Read late: it is of the attempt before, whose incident may be over already.
+            last = next((i for i in reversed(self.incidents) if i.replica == group.replica), None)
+            if last is not None and last.started_at == group.launched_at:
+                last.explain([sign])
+            return
         group.signs.append(sign)
         del group.signs[:-40]
         incident = self.open_incident(group.replica)
@@ -168,7 +176,7 @@ class RunState(Outages):
         group.last_commit, group.ended_ok, group.ended = None, False, False
         group.next, group.busy = "", ""
         group.gpus, group.ecc_before = {}, {}
-        group.boot, group.boot_at = {}, event.t
+        group.boot, group.boot_at, group.launched_at = {}, event.t, event.t
         group.busy_seconds, group.busy_samples = None, 0
         self.enter(group, GroupState.STARTING, event.t)
         incident = self.open_incident(group.replica)
@@ -259,7 +267,8 @@ class RunState(Outages):
             yield Notice(
                 t,
                 f"replica {group.replica} RECOVERED: commits again at step {group.step}, "
-                f"{t - incident.lost_at:.1f} s after the quorum lost it ({incident.why})",
+                f"{t - incident.lost_at:.1f} s after "
+                f"{'it ended' if incident.replaced else 'the quorum lost it'} ({incident.why})",
             )
 
     def _pause(self, group: Group, t: float) -> None:

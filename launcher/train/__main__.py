@@ -43,6 +43,14 @@ def exhaust_memory_for_a_drill(number: int, frame: object) -> None:
         held.append(bytearray(16 << 20))
 
 
+def refuse_a_device_in_use() -> None:
+    """Ranks that wait beside a training must take none of its GPU's memory."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        sys.exit("error: the imports of this rank, which is to wait, have taken a CUDA context")
+
+
 def await_assignment(path: str) -> None:
     """Wait to be told which replica group to be; take on its command line and environment."""
     folder, rank = os.path.dirname(path), os.environ.get("RANK", "0")
@@ -80,6 +88,7 @@ def main() -> None:
     from launcher.train.trainer import run
 
     if standby:
+        refuse_a_device_in_use()
         await_assignment(standby)
         begun = time.time()
         write_stacks_when_asked()

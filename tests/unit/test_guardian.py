@@ -247,6 +247,11 @@ def test_a_lost_groups_task_does_not_race_the_spare_that_takes_it_over() -> None
     state = training()
     say(state, 112.0, "exit", 1, code=143, reason="stopped by SIGTERM")
     begin, spare = [job(1, "PENDING", "BeginTime")], Spare(task=3, host="w7", t=112.0)
+    # Slurm may say so before anything else does.
+    early = training()
+    early.observe(begin, 110.5)
+    assert not needed(View(state=early, now=110.6, jobs=begin, spares=[spare]))
+    assert kinds(View(state=early, now=122.0, jobs=begin, spares=[spare])) == [("start_now", 1)]
     assert not needed(View(state=state, now=112.5, jobs=begin, spares=[spare])), "still a member"
     say(state, 113.5, "membership", None, quorum_id=2, members=[(0, "u0", 20, "")])
     view = View(state=state, now=113.6, jobs=begin, spares=[spare])

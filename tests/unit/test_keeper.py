@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launcher import keeper, lease, nodecheck, orders, restarts, spares
@@ -48,7 +49,9 @@ def keep(run: RunDir, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> Cal
 
     monkeypatch.setattr(keeper, "STAND_BY_EVERY", 0.05)
 
-    def make(*texts: str, limits: Limits | None = None, host: str = "w0", index: int = 1) -> Keeper:
+    def make(
+        *texts: str, limits: Limits | None = None, host: str = "w0", index: int = 1, warm: str = "1"
+    ) -> Keeper:
         def flags(task: Task) -> list[str]:
             return [texts[min(task.attempt, len(texts)) - 1]]
 
@@ -57,7 +60,9 @@ def keep(run: RunDir, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> Cal
 
         plan = Plan(
             env={"PATH": os.environ["PATH"]},
-            site=Site.from_environment({"TFT_DEVICE": "cpu", "TFT_OUTPUTS": str(run.path.parent)}),
+            site=Site.from_environment(
+                {"TFT_DEVICE": "cpu", "TFT_OUTPUTS": str(run.path.parent), "TFT_WARM": warm}
+            ),
             manifest=MANIFEST,
             run=run,
             limits=limits or Limits(),
@@ -180,6 +185,50 @@ def test_a_spare_becomes_the_group_it_is_told_to_be(
     assert not spares.ready(run.groups)
     # The task whose place was taken finds nothing to do, and is a spare until the end.
     assert keep("raise SystemExit('never')").run() == 0
+
+
+#: Commits a step, and is killed a second later.
+TRAIN_AND_FAIL = (
+    "import os, signal, time\n"
+    "open(os.environ['TFT_EVENTS'], 'a').write('{\"kind\":\"commit\",\"committed\":true}\\n')\n"
+    "time.sleep(1)\n"
+    "os.kill(os.getpid(), signal.SIGKILL)"
+)
+
+
+@pytest.mark.parametrize("warm", ["1", "0"])
+def test_ranks_wait_for_the_next_start_in_place(
+    keep: Callable[..., Keeper], run: RunDir, tmp_path: Path, warm: str
+) -> None:
+    out = tmp_path / "out"
+    say = f"import os; open({str(out)!r}, 'a').write(str('TFT_STANDBY' in os.environ) + ' ')"
+    kept = keep(TRAIN_AND_FAIL, f"{say}\n{TRAIN_AND_FAIL}", say, warm=warm)
+    assert kept.run() == 0
+    waited = "True" if warm == "1" else "False"
+    assert out.read_text() == f"{waited} {waited} "
+    assert [e["attempt"] for e in events(run, "launch")] == [1, 2, 3]
+    assert not psutil.Process().children(), "nobody waits any longer"
+
+
+def test_ranks_that_wait_end_with_the_task(keep: Callable[..., Keeper], tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    train = TRAIN_AND_FAIL.replace("time.sleep(1)", f"time.sleep(1); open({str(alone)!r}, 'w')")
+    train = train.replace("os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(60)")
+
+    def stop() -> None:
+        deadline = time.monotonic() + 20
+        while not alone.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        found.extend(psutil.Process().children())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    found: list[psutil.Process] = []
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert keep(train).run() == 128 + signal.SIGTERM
+    thread.join()
+    assert len(found) == 2
+    assert not any(process.is_running() for process in found)
 
 
 def test_an_order_that_is_read_late_changes_nothing(

@@ -47,6 +47,7 @@ ORDER = [
     "supervisor",
     "records",
     "plan",
+    "standby",
     "keeper",
     "replica",
     "classic",

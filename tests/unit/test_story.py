@@ -24,6 +24,7 @@ from launcher.verdict import judge
 from launcher.watcher import Watcher
 from launcher.weights import WeightLedger
 from tests.conftest import FIXTURES, FakeRun
+from tests.unit.test_guardian import say, training
 
 
 @pytest.fixture
@@ -55,6 +56,29 @@ def fold(story: list[Event]) -> RunState:
     for event in story:
         state.apply(event)
     return state
+
+
+def test_a_group_that_is_back_before_it_is_missed() -> None:
+    """Its next start had been waiting: no quorum was ever without it."""
+    state = training()
+    for number, t in enumerate((112.0, 120.0), start=2):
+        # torchrun stamps failures in whole seconds, and its line is read after the next launch.
+        say(state, t + 0.7, "commit", 0, rank=0, step=20, committed=False)
+        say(state, t + 0.8, "exit", 1, code=1, reason="rank 0 was killed by SIGKILL")
+        say(state, t + 0.8, "launch", 1, attempt=number, host="w1")
+        say(state, t, "rank_failed", 1, rank=0, exit_code=-9)
+        members = [(0, "u0", 20, ""), (1, f"v{number}", 0, "")]
+        say(state, t + 1.9, "membership", None, quorum_id=number, members=members)
+        for replica in (0, 1):
+            say(state, t + 2.5, "commit", replica, rank=0, step=20, committed=True)
+        incident = state.incidents[-1]
+        assert incident.first_sign == incident.lost_at == t
+        assert incident.detected_at == incident.rejoined_at == t + 1.9
+        assert incident.recovered_at == t + 2.5
+        assert incident.steps_lost == 1
+        assert incident.survivor_stall_s == pytest.approx(5.0 if number == 2 else 8.0)
+        assert "killed by SIGKILL" in incident.why
+    assert len(state.incidents) == 2
 
 
 def test_steps_trained_again_are_not_compared_with_the_training_before() -> None:

@@ -1,0 +1,84 @@
+"""Ranks that have been started and wait, all imports done, to be told which replica group to be.
+
+A spare consists of them; and beside a group that trains, a set of them waits for the group's next
+start in place, which then takes as long as loading the model and healing does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launcher.environment import waiting_environment
+from launcher.plan import Plan
+from launcher.rundir import overwrite
+
+#: Seconds for killed processes to be gone.
+END_SECONDS = 10.0
+
+
+class Standby:
+    """One torchrun whose ranks wait."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        """``folder`` is for its ranks' output.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._local = tempfile.TemporaryDirectory(prefix="tft-standby-")
+        self._assignment = Path(self._local.name) / "assignment.json"
+        self._assignment.touch()
+        self._plan = plan
+        self.argv = plan.argv(folder, [])
+        self.env = waiting_environment(plan.env, plan.site) | {
+            "TFT_STANDBY": str(self._assignment),
+            "TFT_FAILURES": str(folder / "failures.json"),
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, from the thread that the process lives in: its end is theirs.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        self.process = subprocess.Popen(
+            self.argv, env=self.env, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    @property
+    def ready(self) -> bool:
+        """Whether all ranks wait."""
+        ranks = self._plan.manifest.ranks_per_group
+        return len(list(self._assignment.parent.glob("ready.*"))) >= ranks
+
+    def become(self, flags: Sequence[str], env: Mapping[str, str]) -> None:
+        """Tell the ranks what to be: read from a file on their own node, as soon as they wait.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        news = {name: value for name, value in env.items() if self.env.get(name) != value}
+        news["TFT_FAILURES"] = self.env["TFT_FAILURES"]
+        overwrite(self._assignment, json.dumps({"flags": list(flags), "env": news}))
+
+    def end(self) -> None:
+        """Kill what waits, and take away its files."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(END_SECONDS)
+        self._local.cleanup()
