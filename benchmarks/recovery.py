@@ -64,6 +64,9 @@ class Result:
     """Weight comparisons, all equal (a difference ends the benchmark)."""
 
 
+#: Seconds of training between two failures: the ranks for the next start wait by then.
+REST = 10.0
+
 Inject = Callable[[Training], None]
 
 
@@ -185,16 +188,19 @@ def bare_start(arena: Arena) -> float:
 
 
 def with_kit(arena: Arena, inject: Inject, runs: int, *flags: str, spares: int = 0,
-             comes_back: bool = True) -> Result:  # fmt: skip
+             warm: bool = True, comes_back: bool = True) -> Result:  # fmt: skip
     """``runs`` failures of one run under this kit."""
     result = Result()
-    settings = {**KIT, **PACE, "TFT_SPARES": str(spares)}
+    settings = {**KIT, **PACE, "TFT_SPARES": str(spares), "TFT_WARM": str(int(warm))}
     with arena.lighthouse(*flags), arena.run(2 + spares, settings) as training:
         for _ in range(runs):
             if spares:
                 from launcher import spares as standing
 
                 until(lambda: standing.ready(training.dir.groups), "a spare stands ready")
+            elif warm:
+                training.full(2)
+                time.sleep(REST)
             measure(training, inject, result, comes_back=comes_back)
     return result
 
@@ -288,8 +294,8 @@ def scenes(arena: Arena, runs: int, plain_runs: int) -> dict[str, Callable[[], R
     return {
         "kill: plain": lambda: plain(arena, kill, plain_runs, comes_back=False),
         "kill": lambda: with_kit(arena, kill, runs),
+        "kill, TFT_WARM=0": lambda: with_kit(arena, kill, runs, warm=False),
         "kill, fast": lambda: with_kit(arena, kill, runs, *fast),
-        "kill, standby": lambda: with_kit(arena, kill, runs, spares=1),
         "hang: plain": lambda: plain(arena, hang, min(1, plain_runs), comes_back=False),
         "hang": lambda: with_kit(arena, hang, runs),
         "lighthouse 2 s: plain": lambda: plain_outage(arena, 2, plain_runs),
