@@ -134,7 +134,7 @@ class RunDir:
 
     def standby_ranks(self, task: int, number: int) -> Path:
         """Like ``ranks``, of a spare that has not been any replica group yet."""
-        return self.path / "ranks" / f"spare-{task}.{number}"
+        return self.path / "ranks" / f"standby-{task}.{number}"
 
     def ranks(self, replica: int, attempt: int) -> Path:
         return self.path / "ranks" / f"{replica}.{attempt}"

@@ -62,11 +62,11 @@ def _is_ours(pid: int, folder: Path) -> bool:
     """Whether this process was started for that folder: its id may have been given out anew,
     and the signal ends whoever does not expect it.
 
-    A spare's was started for another folder of the same run, before it was told which group to be.
+    One that had waited was started for another folder of the same run, before it was told what to be.
     """
     marks = (
         os.fsencode(f"TFT_STACKS={folder}"),
-        os.fsencode(f"TFT_FAILURES={folder.parent / 'spare-'}"),
+        os.fsencode(f"TFT_FAILURES={folder.parent / 'standby-'}"),
     )
     with contextlib.suppress(OSError):
         given = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

@@ -98,7 +98,7 @@ def test_stacks_are_those_of_a_spare_that_became_the_group(tmp_path: Path) -> No
     """Its environment, as the kernel shows it, is the spare's for ever."""
     code = "import time; print('up', flush=True); time.sleep(60)"
     for mark, ours in (
-        (f"TFT_FAILURES={tmp_path}/ranks/spare-2.1/failures.json", True),
+        (f"TFT_FAILURES={tmp_path}/ranks/standby-2.1/failures.json", True),
         (f"TFT_FAILURES={tmp_path}/ranks/2.1/failures.json", False),
         (f"TFT_STACKS={tmp_path}/ranks/1.2", True),
         (f"TFT_STACKS={tmp_path}/ranks/1.22", False),
