@@ -133,7 +133,7 @@ class RunDir:
         return ""
 
     def standby_ranks(self, task: int, number: int) -> Path:
-        """Like ``ranks``, of a spare that has not been any replica group yet."""
+        """Like ``ranks``, of ranks that wait before they are any replica group."""
         return self.path / "ranks" / f"standby-{task}.{number}"
 
     def ranks(self, replica: int, attempt: int) -> Path:
