@@ -134,13 +134,14 @@ class Keeper:
         folder, flags = self._plan.run.ranks(task.replica, task.attempt), self._plan.flags(task)
         folder.mkdir(parents=True, exist_ok=True)
         warm, self._warm = self._warm, None
-        if warm is None or not warm.alive:
-            self._end_warm()
+        if warm is not None and not warm.become(flags, env):
+            warm.end()
+            warm = None
+        if warm is None:
             return self._run(self._plan.argv(folder, flags), env, self._watch)
         say(f"{self._name} takes the ranks that have waited here, their imports done")
         with contextlib.ExitStack() as stack:
             stack.callback(warm.end)
-            warm.become(flags, env)
             return self._run(warm.argv, warm.env, self._watch, warm.process)
 
     def _stand_by(self) -> Ended:
@@ -275,6 +276,7 @@ class Keeper:
         return decide(records.remember(path, ending), self._plan.limits, ending.t)
 
     def _leave(self, decision: Decision, code: int) -> int:
+        self._end_warm()
         if decision.next is Next.NEVER:
             return code
         if not self._plan.slurm_task:
@@ -332,7 +334,8 @@ class Keeper:
                 spares.withdraw(run.groups, task.index)
                 task, env = self._begin(order.replica)
                 run.ranks(task.replica, task.attempt).mkdir(parents=True, exist_ok=True)
-                standby.become(self._plan.flags(task), env)
+                if not standby.become(self._plan.flags(task), env):
+                    self._must_end = "its ranks cannot be told what to be"
                 self._watch(done)
                 return
 

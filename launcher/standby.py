@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launcher.environment import waiting_environment
+from launcher.payload import complain
 from launcher.plan import Plan
 from launcher.rundir import overwrite
 
@@ -55,24 +56,24 @@ class Standby:
         )
 
     @property
-    def alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    @property
     def ready(self) -> bool:
         """Whether all ranks wait."""
         ranks = self._plan.manifest.ranks_per_group
         return len(list(self._assignment.parent.glob("ready.*"))) >= ranks
 
-    def become(self, flags: Sequence[str], env: Mapping[str, str]) -> None:
-        """Tell the ranks what to be: read from a file on their own node, as soon as they wait.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+    def become(self, flags: Sequence[str], env: Mapping[str, str]) -> bool:
+        """Tell the ranks what to be, by a file on their own node, which they read as soon as they
+        wait; False when they are gone, or it cannot be written."""
+        if self.process is not None and self.process.poll() is not None:
+            return False
         news = {name: value for name, value in env.items() if self.env.get(name) != value}
         news["TFT_FAILURES"] = self.env["TFT_FAILURES"]
-        overwrite(self._assignment, json.dumps({"flags": list(flags), "env": news}))
+        try:
+            overwrite(self._assignment, json.dumps({"flags": list(flags), "env": news}))
+        except OSError as error:
+            complain(f"ranks that wait cannot be told what to be: {error}")
+            return False
+        return True
 
     def end(self) -> None:
         """Kill what waits, and take away its files."""

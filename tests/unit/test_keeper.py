@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -208,6 +209,22 @@ def test_ranks_wait_for_the_next_start_in_place(
     assert out.read_text() == f"{waited} {waited} "
     assert [e["attempt"] for e in events(run, "launch")] == [1, 2, 3]
     assert not psutil.Process().children(), "nobody waits any longer"
+
+
+def test_ranks_that_wait_and_cannot_be_told_cost_a_bare_start(
+    keep: Callable[..., Keeper],
+    run: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("launcher.standby.overwrite", full)
+    assert keep(TRAIN_AND_FAIL, "pass").run() == 0
+    assert [e["reason"] for e in events(run, "exit")][1:] == ["finished"]
+    assert "cannot be told what to be: [Errno 28]" in capsys.readouterr().err
+    assert not psutil.Process().children()
 
 
 def test_ranks_that_wait_end_with_the_task(keep: Callable[..., Keeper], tmp_path: Path) -> None:
