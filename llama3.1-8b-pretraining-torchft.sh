@@ -46,4 +46,4 @@ source slurm/common.sh
 run="tft-$SLURM_ARRAY_JOB_ID"
 tft_keep_logs "${TFT_OUTPUTS:-outputs}/torchft/$run" "${run}_$SLURM_ARRAY_TASK_ID"
 tft_activate
-exec python -m launcher replica
+exec python -m launcher.task replica

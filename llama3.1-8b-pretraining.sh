@@ -41,4 +41,4 @@ source slurm/common.sh
 tft_keep_logs "${TFT_OUTPUTS:-outputs}/classic/$SLURM_JOB_ID" "classic-$SLURM_JOB_ID"
 tft_activate
 # One launcher a node; a node's failure ends the whole job (there is no surviving it).
-exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python -m launcher classic
+exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python -m launcher.task classic

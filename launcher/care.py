@@ -176,10 +176,9 @@ def _may_come_back(group: Group) -> bool:
     started its training failed for something that a person must mend."""
     if group.attempt == 0 or group.ended_ok or group.next == Next.NEVER.value:
         return False
-    if group.requeues >= MOST_REQUEUES:
-        return False
-    # (It may have been killed before it could do what it said it would.)
-    return not group.ended or group.next in (Next.ELSEWHERE.value, Next.HERE.value)
+    # One that was told to end, by whomever, is CANCELLED or pending if that was meant. (It may also
+    # have been killed before it could do what it said it would.)
+    return group.requeues < MOST_REQUEUES
 
 
 def _hung(view: View) -> Iterator[Action]:

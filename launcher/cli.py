@@ -6,18 +6,14 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from launcher import drill_cli, lighthouse_cli
 from launcher.lighthouse_cli import OUTPUTS, OutputsOption, say
 from launcher.model import KitError, ReportFormat
-
-if TYPE_CHECKING:
-    from launcher.slurm import Slurm
 
 app = typer.Typer(
     name="launcher",
@@ -36,35 +32,6 @@ app.add_typer(sandbox_app, name="sandbox")
 FolderOption = Annotated[Path, typer.Option("--dir", help="The sandbox's own folder.")]
 NodeArgument = Annotated[str, typer.Argument(metavar="NODE", help="For example worker-1.")]
 SANDBOX = Path("/run/tft-sandbox")
-
-
-@app.command(hidden=True)
-def replica() -> None:
-    """Run this array task's replica group (called by the job script)."""
-    from launcher.replica import run_replica
-
-    _task(run_replica)
-
-
-@app.command(hidden=True)
-def classic() -> None:
-    """Run this node's part of the classic job (called by the job script)."""
-    from launcher.classic import run_classic
-
-    _task(run_classic)
-
-
-def _task(run: Callable[[Mapping[str, str], Slurm], int]) -> None:
-    """Run a task's node side; what is missing is a stamped line in its error log."""
-    from launcher.payload import complain
-    from launcher.slurm import Slurm
-
-    try:
-        code = run(os.environ, Slurm())
-    except KitError as error:
-        complain(f"error: {error}")
-        code = error.exit_code
-    raise typer.Exit(code)
 
 
 @app.command()

@@ -141,6 +141,13 @@ def test_a_task_whose_launcher_was_killed_comes_back_and_one_that_never_started_
     state = training()
     say(state, 111.0, "exit", 1, code=137, reason="x", next="restarted in place")
     assert kinds(View(state=state, now=112.0, jobs=[job(1, "FAILED")])) == [("requeue", 1)]
+    # Slurm took the end of the copy before, on the same node, for the new one's, and ended that.
+    state = training()
+    say(state, 111.0, "exit", 1, code=143, reason="stopped by SIGTERM")
+    assert kinds(View(state=state, now=112.0, jobs=[job(1, "FAILED")])) == [("requeue", 1)]
+    assert not kinds(View(state=state, now=112.0, jobs=[job(1, "CANCELLED")]))
+    say(state, 111.0, "exit", 1, code=1, reason="x", next="given up")
+    assert not kinds(View(state=state, now=112.0, jobs=[job(1, "FAILED")]))
     # Not for ever, unless it makes progress.
     state = training()
     for _ in range(MOST_REQUEUES):

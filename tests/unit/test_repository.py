@@ -51,6 +51,7 @@ ORDER = [
     "keeper",
     "replica",
     "classic",
+    "task",
     "incidents",
     "weights",
     "tail",

@@ -1,0 +1,42 @@
+"""Entry of the job scripts: ``python -m launcher.task replica``, or ``classic``.
+
+Beside the command line, not in it: a replica group is away for as long as this takes to start.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from launcher.model import KitError
+from launcher.payload import complain
+from launcher.slurm import Slurm
+
+
+def main(words: list[str]) -> int:
+    """Run this task's node side; what is missing is a stamped line in its error log.
+
+    Returns:
+        The task's exit code.
+    """
+    try:
+        if words == ["replica"]:
+            from launcher.replica import run_replica
+
+            return run_replica(os.environ, Slurm())
+        if words == ["classic"]:
+            from launcher.classic import run_classic
+
+            return run_classic(os.environ, Slurm())
+    except KitError as error:
+        complain(f"error: {error}")
+        return error.exit_code
+    except OSError as error:
+        complain(f"error: {error.strerror or error}: {error.filename or 'no file'}")
+        return 1
+    complain(f"error: {' '.join(words) or 'nothing'} is neither replica nor classic")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
