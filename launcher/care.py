@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from launcher.events import Clock
 from launcher.findings import BAD_NODE_LOSSES, BAD_NODE_SECONDS
 from launcher.groups import Group
+from launcher.incidents import Cause
 from launcher.lighthouse_log import Waiting
 from launcher.model import GroupState
 from launcher.restarts import Next
@@ -31,6 +32,11 @@ SILENT_SECONDS = 20.0
 ALMOST_THERE = 3.0
 #: Seconds after a loss in which a spare that stands ready is waited for.
 SPARE_COMES_SECONDS = 10.0
+#: Seconds after its launcher's last word in which slurmd ends a task, and after which it has
+#: killed one (its KillWait is 30 by default).
+ENDED_SECONDS, KILL_SECONDS = 3.0, 35.0
+#: Seconds in which a task runs that has no copy of its group, before Slurm is not believed.
+GONE_SECONDS = 120.0
 #: Seconds that a start may take from launch to quorum.
 START_SECONDS = 900.0
 #: Requeues of a group by the guardian without one committed step in between.
@@ -100,10 +106,13 @@ def _queue(view: View) -> Iterator[Action]:
         elif job.state == "PENDING" and job.reason == "BeginTime":
             if not _is_requeue_delay(view, job) or _spare_comes(view, job.task):
                 continue
+            left = _without_the_lost_node(view, group, excluded)
+            if left is None:
+                continue
             why = "Slurm's requeue delay is cut short"
-            if excluded:
-                why += f", without {', '.join(excluded)}"
-            yield _act("start_now", group, why, task=job.task, exclude=tuple(excluded))
+            if left:
+                why += f", without {', '.join(left)}"
+            yield _act("start_now", group, why, task=job.task, exclude=tuple(left))
         elif job.state == "PENDING" and "held" not in job.reason.lower():
             # It waits for a node: what was left out before may be all there is now.
             before = view.excluded.get(job.task, ())
@@ -126,6 +135,30 @@ def _is_requeue_delay(view: View, job: Job) -> bool:
         return False
     start = Clock().seconds(job.start) if job.start else None
     return start is None or start - view.now < LONGEST_DELAY
+
+
+def _without_the_lost_node(
+    view: View, group: Group | None, excluded: Sequence[str]
+) -> Sequence[str] | None:
+    """Nodes to be left out of a start that does not wait for Slurm's delay; None: not yet.
+
+    The delay is there so that a node that was given up while its slurmd lived has ended the old
+    copy: one that gets the same task before may end the new one with it, or refuse it. The group
+    starts on another node, or when the old copy has said that it ends.
+    """
+    incident = None if group is None else view.state.open_incident(group.replica)
+    if group is None or incident is None or incident.host in excluded:
+        return excluded
+    if incident.cause not in (Cause.NODE_DOWN, Cause.NODE_UNREACHABLE):
+        return excluded  # Slurm itself waits until the node has ended the old copy
+    if incident.started_at is not None:
+        return excluded
+    node = view.nodes.get(incident.host)
+    free = _spare_nodes(_tasks(view), view.nodes.values()) - len(excluded)
+    if free > 0 or (node is not None and not node.up):
+        return sorted([*excluded, incident.host])
+    gone = incident.ended_at is not None and view.now - incident.ended_at > ENDED_SECONDS
+    return excluded if gone or view.now - incident.first_sign > KILL_SECONDS else None
 
 
 def _spare_comes(view: View, task: int) -> bool:
@@ -222,9 +255,15 @@ def _silent(view: View) -> Iterator[Action]:
     running = {job.task for job in view.jobs if job.state == "RUNNING"}
     for group in view.state.groups.values():
         node = view.nodes.get(group.host)
-        if group.task_index not in running or group.ended or (node and not node.responds):
+        if group.task_index not in running or (node and not node.responds):
             continue
         seconds = view.now - group.since
+        if group.ended or group.state is GroupState.REQUEUED:
+            # Slurm may have lost its copy: a late word of the one before ended it.
+            if seconds > GONE_SECONDS and _may_come_back(group):
+                why = f"Slurm says RUNNING, and nothing of it has run for {seconds:.0f} s"
+                yield _act("requeue", group, why, task=group.task_index)
+            continue
         if group.state is GroupState.LOST and seconds > SILENT_SECONDS and view.state.members:
             why = f"stopped: silent for {seconds:.0f} s, and its task runs"
             yield _act("restart", group, why, task=group.task_index)
@@ -249,8 +288,11 @@ def excluded_nodes(view: View) -> list[str]:
         if view.now - t < BAD_NODE_SECONDS:
             bad[host] = bad.get(host, 0) + 1000  # it said so itself
     worst = sorted(bad, key=lambda host: (-bad[host], host))
-    tasks = max(view.state.size, len({job.task for job in view.jobs}))
-    return sorted(worst[: _spare_nodes(tasks, view.nodes.values())])
+    return sorted(worst[: _spare_nodes(_tasks(view), view.nodes.values())])
+
+
+def _tasks(view: View) -> int:
+    return max(view.state.size, len({job.task for job in view.jobs}))
 
 
 def _spare_nodes(needed: int, nodes: Iterable[Node]) -> int:

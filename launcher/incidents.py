@@ -69,6 +69,8 @@ class Incident:
     """Steps that the survivors tried and could not commit."""
     survivor_stall_s: float = 0.0
     """Longest time between two commits of any other group around the loss."""
+    ended_at: float | None = None
+    """When its launcher said that the attempt had ended."""
     requeued_at: float | None = None
     started_at: float | None = None
     boot: dict[str, float] = field(default_factory=dict)
@@ -95,7 +97,9 @@ class Incident:
 
     @property
     def lost_at(self) -> float:
-        return self.first_sign if self.detected_at is None or self.replaced else self.detected_at
+        if self.detected_at is not None and not self.replaced:
+            return self.detected_at
+        return self.first_sign if self.ended_at is None else self.ended_at
 
     @property
     def who(self) -> str:

@@ -33,7 +33,7 @@ from launcher.relay import Relay
 from launcher.restarts import UNFIT, Decision, Ending, Next, decide
 from launcher.rundir import create_once
 from launcher.slurm import Slurm
-from launcher.standby import Standby
+from launcher.standby import Standby, Warm
 
 #: Seconds between two looks at the lease and at the guardian's orders, and the same of a spare.
 LOOK_EVERY, STAND_BY_EVERY = 1.0, 0.2
@@ -66,9 +66,7 @@ class Keeper:
         self._lease: lease.Lease | None = None
         self._stood_by = 0
         """Sets of ranks that have waited so far, for a group or for the next start of this one."""
-        self._warm: Standby | None = None
-        """Ranks that wait for the next start in place."""
-        self._warm_wanted = False
+        self._warm = Warm(plan)
         self._must_end = ""
         self._port = 0
         self._started = 0.0
@@ -87,13 +85,13 @@ class Keeper:
         run, manifest = self._plan.run, self._plan.manifest
         with Relay(self._lighthouse, silence=SILENCE) as relay, contextlib.ExitStack() as stack:
             self._port = relay.port
-            stack.callback(self._end_warm)
+            stack.callback(self._warm.end)
             while True:
                 if run.finished.exists():
                     return self._end_with_the_run()
                 role = patiently(lambda: spares.role(run, manifest, self._task.index))
                 ended = self._stand_by() if role is None else self._train(role)
-                if self._fenced() and self._another_tasks():
+                if not ended.stopped and self._fenced() and self._another_tasks():
                     continue  # a spare has its place: now this one is the spare
                 if not ended.reason:
                     return ended.code
@@ -108,7 +106,7 @@ class Keeper:
                     return self._leave(decision, ended.code)
                 if self._fenced() and not self._another_tasks():
                     complain(f"{self._name} is not started again: a newer copy runs elsewhere")
-                    return 0
+                    return ELSEWHERE_CODE
 
     def _end_with_the_run(self) -> int:
         """Alone, a group would train again from the beginning: nobody is left to heal from."""
@@ -133,10 +131,7 @@ class Keeper:
             return Ended(code=ELSEWHERE_CODE, reason=problem)
         folder, flags = self._plan.run.ranks(task.replica, task.attempt), self._plan.flags(task)
         folder.mkdir(parents=True, exist_ok=True)
-        warm, self._warm = self._warm, None
-        if warm is not None and not warm.become(flags, env):
-            warm.end()
-            warm = None
+        warm = self._warm.take(flags, env)
         if warm is None:
             return self._run(self._plan.argv(folder, flags), env, self._watch)
         say(f"{self._name} takes the ranks that have waited here, their imports done")
@@ -147,7 +142,7 @@ class Keeper:
     def _stand_by(self) -> Ended:
         """Start ranks that wait, and be whatever group they are told to be."""
         run = self._plan.run
-        self._end_warm()
+        self._warm.end()
         self._task, self._lease, self._must_end = replace(self._task, replica=NO_GROUP), None, ""
         self._stood_by += 1
         say(f"{self._name} starts, to stand ready")
@@ -202,7 +197,6 @@ class Keeper:
         watch: Callable[[threading.Event], None],
         process: subprocess.Popen[bytes] | None = None,
     ) -> Ended:
-        self._warm_wanted = False
         payload = Payload(argv, env, self._whether_it_must_end, process)
         done = threading.Event()
         threading.Thread(
@@ -220,21 +214,8 @@ class Keeper:
 
     def _whether_it_must_end(self) -> str:
         """Asked by the thread that all processes live in: so it starts those that are to wait."""
-        if self._warm_wanted and self._warm is None:
-            self._warm_wanted, self._stood_by = False, self._stood_by + 1
-            folder = self._plan.run.standby_ranks(self._task.index, self._stood_by)
-            try:
-                self._warm = Standby(self._plan, folder)
-                self._warm.start()
-            except OSError as error:
-                complain(f"{self._name}: no ranks wait for its next start: {error}")
+        self._warm.start()
         return self._must_end
-
-    def _end_warm(self) -> None:
-        """End the ranks that wait for the next start in place."""
-        warm, self._warm = self._warm, None
-        if warm is not None:
-            warm.end()
 
     def _judge(self, payload: Payload, code: int, failures: Path) -> Ended:
         """Say how an attempt ended."""
@@ -249,7 +230,7 @@ class Keeper:
             complain(f"{self._name} was fenced: a newer copy of this replica group runs elsewhere")
             # The group's state is the newer copy's: this is told, and changes nothing.
             self._note("fenced")
-            return Ended(code=0)
+            return Ended(code=ELSEWHERE_CODE)
         elif payload.killed_for or code != 0 or task.replica == NO_GROUP:
             reason = payload.killed_for or why(failures, code)
             where = "" if payload.killed_for else f"; every rank's output: {failures.parent}"
@@ -264,7 +245,7 @@ class Keeper:
                 complain(f"that the run has finished is not written down: {error}")
             say(f"{self._name} finished")
         self._note("exit", code=code, reason=reason)
-        return Ended(code=code)
+        return Ended(code=code, stopped=payload.stopped_by is not None)
 
     def _decide(self, ended: Ended) -> Decision:
         """Remember this ending beside those of earlier attempts, and decide on all of them."""
@@ -276,7 +257,7 @@ class Keeper:
         return decide(records.remember(path, ending), self._plan.limits, ending.t)
 
     def _leave(self, decision: Decision, code: int) -> int:
-        self._end_warm()
+        self._warm.end()
         if decision.next is Next.NEVER:
             return code
         if not self._plan.slurm_task:
@@ -298,9 +279,11 @@ class Keeper:
         while not done.wait(LOOK_EVERY):
             if self._fenced():
                 return
-            if warm and self._committed():
-                warm, self._warm_wanted = False, True
             run, task = self._plan.run, self._task
+            if warm and self._committed():
+                warm = False
+                self._stood_by += 1
+                self._warm.prepare(run.standby_ranks(task.index, self._stood_by), done)
             order = self._orders.restart(task.replica, task.attempt)
             if order is not None:
                 complain(f"{self._name} is to end: {order.why}; its stacks are collected first")
@@ -310,8 +293,13 @@ class Keeper:
                     attempt=task.attempt,
                     start=self._events_from,
                 )
-                self._must_end = order.why
+                self._end_attempt(done, order.why)
                 return
+
+    def _end_attempt(self, done: threading.Event, reason: str) -> None:
+        """Have the attempt killed that ``done`` belongs to: by now it may be another one's turn."""
+        if not done.is_set():
+            self._must_end = reason
 
     def _await_orders(self, done: threading.Event, standby: Standby) -> None:
         """Wait to be told which group to be; then watch over it."""
@@ -335,7 +323,7 @@ class Keeper:
                 task, env = self._begin(order.replica)
                 run.ranks(task.replica, task.attempt).mkdir(parents=True, exist_ok=True)
                 if not standby.become(self._plan.flags(task), env):
-                    self._must_end = "its ranks cannot be told what to be"
+                    self._end_attempt(done, "its ranks cannot be told what to be")
                 self._watch(done)
                 return
 
@@ -355,7 +343,7 @@ class Keeper:
                 watch(done)
             except Exception as error:
                 complain(f"{self._name}: its watch failed: {error!r}")
-                self._must_end = f"its watch failed: {error}"
+                self._end_attempt(done, f"its watch failed: {error}")
 
         return guarded
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signa
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Seconds that torchrun gets to end its ranks; below Slurm's KillWait default of 30.
 GRACE = 20.0
+#: Seconds for killed ranks to be gone.
+GONE_SECONDS = 10.0
 #: Seconds between two looks at whether it must be killed.
 WATCH_EVERY = 0.2
 
@@ -43,6 +46,8 @@ class Payload:
         self.killed_for = ""
         """What ``must_end`` said when it was killed."""
         self._kill_at: float | None = None
+        self._ranks: list[int] = []
+        """Ranks that were there when torchrun was killed."""
 
     def run(self) -> int:
         """Run to the end.
@@ -54,7 +59,10 @@ class Payload:
         try:
             if self._process is None:
                 self._process = subprocess.Popen(
-                    self._argv, env=self._env, stdin=subprocess.DEVNULL, start_new_session=True
+                    self._argv,
+                    env=self._env | {"TFT_LAUNCHER": str(os.getpid())},
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
                 )
             if self.stopped_by is not None:
                 self._send(self.stopped_by)  # it came between the two lines above
@@ -62,6 +70,7 @@ class Payload:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        _await_end(self._ranks)
         if self.stopped_by is not None:
             return 128 + int(self.stopped_by)
         return 128 - code if code < 0 else code
@@ -90,11 +99,31 @@ class Payload:
             return
         try:
             if number == signal.SIGKILL:
+                self._ranks = _children(process.pid)
                 os.killpg(process.pid, number)  # its ranks follow by their parent-death signal
             else:
                 process.send_signal(number)
         except ProcessLookupError:
             pass
+
+
+def _children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError, ValueError):
+        return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def _await_end(pids: Sequence[int]) -> None:
+    """Wait until these are gone, with their memory and their ports: others take their place."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while any(_lives(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _lives(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    return False
 
 
 def why(failures: Path, code: int = 1) -> str:

@@ -36,5 +36,7 @@ class Ended:
     code: int
     reason: str = ""
     """Why it failed; empty when there is nothing to be started again."""
+    stopped: bool = False
+    """Whether the task was told to end."""
     trained: bool = False
     """Whether it had committed a step."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from launcher.payload import complain
 from launcher.plan import Plan
 from launcher.rundir import overwrite
 
+#: Of the folders on a node's own disk; the launcher's process id follows.
+PREFIX = "tft-standby-"
 #: Seconds for killed processes to be gone.
 END_SECONDS = 10.0
 
@@ -34,7 +38,11 @@ class Standby:
             OSError: it cannot be made.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._local = tempfile.TemporaryDirectory(prefix="tft-standby-")
+        _clear_stale()
+        # Ranks that are just being killed may still write there.
+        self._local = tempfile.TemporaryDirectory(
+            prefix=f"{PREFIX}{os.getpid()}-", ignore_cleanup_errors=True
+        )
         self._assignment = Path(self._local.name) / "assignment.json"
         self._assignment.touch()
         self._plan = plan
@@ -52,7 +60,10 @@ class Standby:
             OSError: it cannot be started.
         """
         self.process = subprocess.Popen(
-            self.argv, env=self.env, stdin=subprocess.DEVNULL, start_new_session=True
+            self.argv,
+            env=self.env | {"TFT_LAUNCHER": str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
 
     @property
@@ -83,3 +94,57 @@ class Standby:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(END_SECONDS)
         self._local.cleanup()
+
+
+class Warm:
+    """The ranks that wait for a group's next start in place: one set of them at most."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._standby: Standby | None = None
+
+    def prepare(self, folder: Path, over: threading.Event) -> None:
+        """Make one ready to be started, for an attempt that is not ``over``. Shared files may hang
+        here."""
+        try:
+            standby = Standby(self._plan, folder)
+        except OSError as error:
+            complain(f"no ranks wait for the next start in place: {error}")
+            return
+        if over.is_set() or self._standby is not None:
+            standby.end()
+        else:
+            self._standby = standby
+
+    def start(self) -> None:
+        """Start it, if there is one that has not been; to be called by the main thread."""
+        standby = self._standby
+        if standby is None or standby.process is not None:
+            return
+        try:
+            standby.start()
+        except OSError as error:
+            complain(f"no ranks wait for the next start in place: {error}")
+            self.end()
+
+    def take(self, flags: Sequence[str], env: Mapping[str, str]) -> Standby | None:
+        """The ranks that have waited, told what to be now; None when there are none."""
+        standby, self._standby = self._standby, None
+        if standby is None or (standby.process is not None and standby.become(flags, env)):
+            return standby
+        standby.end()
+        return None
+
+    def end(self) -> None:
+        """End what waits."""
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            standby.end()
+
+
+def _clear_stale() -> None:
+    """Take away what launchers left behind that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
+        pid = folder.name.removeprefix(PREFIX).split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)

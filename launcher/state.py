@@ -133,6 +133,8 @@ class RunState(Outages):
             # A new copy in place of the old one, with no quorum in between.
             incident = self.open(replica, event.t, top)
             incident.detected_at = event.t
+            if group.attempt > 1:
+                incident.started_at, incident.boot = group.launched_at, group.boot
         if incident is not None:
             incident.rejoined_at = incident.rejoined_at or event.t
             if incident.detected_at is None and replica in before:
@@ -340,6 +342,9 @@ class RunState(Outages):
         self.enter(group, GroupState.LOST, event.t)
         if group.replica in self.members:
             self.open(group.replica, event.t, group.step)
+        incident = self.open_incident(group.replica)
+        if incident is not None and incident.ended_at is None:
+            incident.ended_at = event.t
         then = f"; {group.next} ({event.get('why')})" if group.next else ""
         yield Notice(event.t, f"{name} on {group.host} ended with exit code {code}: {reason}{then}")
 

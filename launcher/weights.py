@@ -24,15 +24,18 @@ class WeightLedger:
     last_step: int = -1
     """Newest step of a compared pair."""
     _hashes: OrderedDict[tuple[int, int], dict[int, str]] = field(default_factory=OrderedDict)
+    _newest: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Newest step of each (replica group, rank)."""
 
     def add(self, replica: int, step: int, rank: int, digest: str) -> bool:
         """Take in one hash; True when it reveals a pair that differs."""
         key = (step, rank)
-        if self._hashes.get(key, {}).get(replica, digest) != digest:
-            # It trains this step again: the run has started over, with nobody to heal from.
-            # What is known from here on is of the training before.
-            for old in [known for known in self._hashes if known[0] >= step]:
+        if step < self._newest.get((replica, rank), step):
+            # It trains from an earlier step: the run has started over, with nobody to heal from.
+            # What is known of this rank from here on is of the training before.
+            for old in [k for k in self._hashes if k[0] >= step and k[1] == rank]:
                 del self._hashes[old]
+        self._newest[replica, rank] = step
         known = self._hashes.setdefault(key, {})
         differed = len(set(known.values())) > 1
         compared = len(known) > 1

@@ -15,7 +15,7 @@ from launcher.parentage import die_with_parent
 
 
 def main() -> None:
-    die_with_parent()
+    die_with_parent(parent=int(os.environ.get("TFT_LAUNCHER") or 0))
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun

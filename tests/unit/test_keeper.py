@@ -152,7 +152,7 @@ def test_an_old_copy_is_fenced(keep: Callable[..., Keeper], run: RunDir) -> None
         f"lease.take(Path({str(run.lease(1))!r}), replica=1, task=1, host='elsewhere')\n"
         "time.sleep(60)"
     )
-    assert keep(take).run() == 0
+    assert keep(take).run() == ELSEWHERE_CODE
     assert [e["kind"] for e in map(json.loads, run.events(1).read_text().splitlines())] == [
         "launch",
         "fenced",
@@ -246,6 +246,34 @@ def test_ranks_that_wait_end_with_the_task(keep: Callable[..., Keeper], tmp_path
     thread.join()
     assert len(found) == 2
     assert not any(process.is_running() for process in found)
+
+
+def test_a_task_that_is_told_to_end_does_not_become_a_spare(
+    keep: Callable[..., Keeper], run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A spare has taken its place while its ranks were ending."""
+
+    def stop() -> None:
+        deadline = time.monotonic() + 20
+        while not psutil.Process().children() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        lease.take(run.lease(1), replica=1, task=2, host="w9")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert keep("import time; time.sleep(60)").run() == 128 + signal.SIGTERM
+    thread.join()
+    assert "stand ready" not in capsys.readouterr().out
+
+
+def test_the_watch_of_an_attempt_that_is_over_ends_no_other(keep: Callable[..., Keeper]) -> None:
+    kept, over = keep("pass"), threading.Event()
+    over.set()
+    kept._end_attempt(over, "hung")
+    assert kept._must_end == ""
+    kept._end_attempt(threading.Event(), "hung")
+    assert kept._must_end == "hung"
 
 
 def test_an_order_that_is_read_late_changes_nothing(

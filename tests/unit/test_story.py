@@ -72,7 +72,7 @@ def test_a_group_that_is_back_before_it_is_missed() -> None:
         for replica in (0, 1):
             say(state, t + 2.5, "commit", replica, rank=0, step=20, committed=True)
         incident = state.incidents[-1]
-        assert incident.first_sign == incident.lost_at == t
+        assert (incident.first_sign, incident.lost_at) == (t, t + 0.8)
         assert incident.detected_at == incident.rejoined_at == t + 1.9
         assert incident.recovered_at == t + 2.5
         assert incident.steps_lost == 1
