@@ -24,21 +24,10 @@ from launcher.model import KitError
 from launcher.plan import Plan
 from launcher.records import endings_in
 from launcher.restarts import Limits
-from launcher.rundir import Manifest, Outputs, RunDir
+from launcher.rundir import RunDir
 from launcher.slurm import Slurm
 from tests.conftest import FakeRun
-
-MANIFEST = Manifest(
-    run="tft-50", array_job_id=50, group_size=2, ranks_per_group=1, config="c.toml",
-    lighthouse="http://127.0.0.1:1",
-)  # fmt: skip
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    run = Outputs(tmp_path).run_of_array(50)
-    run.create(MANIFEST)
-    return run
+from tests.unit.conftest import MANIFEST
 
 
 @pytest.fixture

@@ -9,19 +9,8 @@ import pytest
 
 from launcher import lease, orders, spares
 from launcher.model import KitError
-from launcher.rundir import Manifest, Outputs, RunDir
-
-MANIFEST = Manifest(
-    run="tft-50", array_job_id=50, group_size=2, ranks_per_group=1, config="c.toml",
-    lighthouse="http://127.0.0.1:1",
-)  # fmt: skip
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    run = Outputs(tmp_path).run_of_array(50)
-    run.create(MANIFEST)
-    return run
+from launcher.rundir import RunDir
+from tests.unit.conftest import MANIFEST
 
 
 def test_a_newer_start_takes_the_lease(hostile: Path) -> None:
