@@ -32,12 +32,20 @@ def listen_for_drills() -> None:
         signal.signal(signal.SIGUSR2, exhaust_memory_for_a_drill)
 
 
+#: Seconds after which a rank without memory asks for some again.
+AGAIN_SECONDS = 0.37
+
+
 def hang_for_a_drill(number: int, frame: object) -> None:
     while True:
         time.sleep(600)
 
 
 def exhaust_memory_for_a_drill(number: int, frame: object) -> None:
+    # torchft takes an exception in a collective for a failed commit, and goes on; memory that is
+    # gone stays gone.
+    signal.signal(signal.SIGALRM, exhaust_memory_for_a_drill)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
     held = []
     while True:  # up to the limit that the drill has set before
         held.append(bytearray(16 << 20))

@@ -308,6 +308,3 @@ def test_nobody_breaks_a_node_without_being_asked() -> None:
         confirm([KINDS["kill-rank"]], "it", lambda question: False, told.append)
     confirm([KINDS["node-down"]], "it", lambda question: True, told.append)
     confirm([KINDS["node-down"]], "it", None, told.append)
-
-
-# -- hands -------------------------------------------------------------------------------------

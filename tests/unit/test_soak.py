@@ -29,9 +29,6 @@ def planned_requeue() -> Planned:
     return Planned(wait=0.0, kind="requeue", replica=1)
 
 
-# -- soak ----------------------------------------------------------------------------------------
-
-
 def test_what_cannot_be_made_is_an_outcome_too(fake_run: FakeRun) -> None:
     fake_run.on("scontrol", code=1, err="Access denied")
     run = Run("requeue")
@@ -186,6 +183,3 @@ def test_quantiles() -> None:
     assert quantile(values, 0.95) == 95.0
     assert quantile([3.0], 0.95) == 3.0
     assert quantile([], 0.95) is None
-
-
-# -- causes that drills have found to be told wrongly ----------------------------------------------
