@@ -35,6 +35,8 @@ SPARE_COMES_SECONDS = 10.0
 #: Seconds after its launcher's last word in which slurmd ends a task, and after which it has
 #: killed one (its KillWait is 30 by default).
 ENDED_SECONDS, KILL_SECONDS = 3.0, 35.0
+#: Seconds after its launcher's last word in which Slurm's own reason has been read.
+CAUSE_SECONDS = 2.0
 #: Seconds in which a task runs that has no copy of its group, before Slurm is not believed.
 GONE_SECONDS = 120.0
 #: Seconds that a start may take from launch to quorum.
@@ -146,19 +148,26 @@ def _without_the_lost_node(
     copy: one that gets the same task before may end the new one with it, or refuse it. The group
     starts on another node, or when the old copy has said that it ends.
     """
-    incident = None if group is None else view.state.open_incident(group.replica)
-    if group is None or incident is None or incident.host in excluded:
+    if group is None:
         return excluded
-    if incident.cause not in (Cause.NODE_DOWN, Cause.NODE_UNREACHABLE):
+    incident = view.state.open_incident(group.replica)
+    if incident is None:
+        unnoticed = group.replica in view.state.members
+        return None if unnoticed and view.now - group.since < SPARE_COMES_SECONDS else excluded
+    if group.host in excluded:
+        return excluded
+    end = incident.first_sign if incident.ended_at is None else incident.ended_at
+    since = view.now - (end if incident.started_at is None else max(end, group.launched_at))
+    if incident.cause is Cause.UNKNOWN and since < CAUSE_SECONDS:
+        return None  # what Slurm says of it has not been read
+    if incident.cause not in (Cause.NODE_DOWN, Cause.NODE_UNREACHABLE, Cause.UNKNOWN):
         return excluded  # Slurm itself waits until the node has ended the old copy
-    if incident.started_at is not None:
-        return excluded
-    node = view.nodes.get(incident.host)
+    node = view.nodes.get(group.host)
     free = _spare_nodes(_tasks(view), view.nodes.values()) - len(excluded)
     if free > 0 or (node is not None and not node.up):
-        return sorted([*excluded, incident.host])
-    gone = incident.ended_at is not None and view.now - incident.ended_at > ENDED_SECONDS
-    return excluded if gone or view.now - incident.first_sign > KILL_SECONDS else None
+        return sorted([*excluded, group.host])
+    told = incident.ended_at is not None or incident.started_at is not None
+    return excluded if since > (ENDED_SECONDS if told else KILL_SECONDS) else None
 
 
 def _spare_comes(view: View, task: int) -> bool:
