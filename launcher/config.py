@@ -124,7 +124,7 @@ VARIABLES = (
         name="TFT_WARM",
         default="1",
         meaning="once it trains, the ranks of a group's next start in place wait beside it, all "
-        "imports done (about 0.6 GB of host memory a rank); 0: they do not",
+        "imports done (about 0.5 GB of host memory a rank); 0: they do not",
     ),
     Variable(
         name="TFT_REQUEUES",
