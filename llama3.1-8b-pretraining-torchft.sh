@@ -43,7 +43,7 @@ source slurm/common.sh
 
 [ -n "${SLURM_ARRAY_JOB_ID:-}" ] ||
     tft_fail "not in an array: submit with 'sbatch --array=0-3 llama3.1-8b-pretraining-torchft.sh'"
-run="tft-$SLURM_ARRAY_JOB_ID"
+run=${TFT_RUN:-tft-$SLURM_ARRAY_JOB_ID}
 tft_keep_logs "${TFT_OUTPUTS:-outputs}/torchft/$run" "${run}_$SLURM_ARRAY_TASK_ID"
 tft_activate
-exec python -m launcher.task replica
+tft_run python -m launcher.task replica

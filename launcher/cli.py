@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from launcher import drill_cli, lighthouse_cli
+from launcher import drill_cli, lighthouse_cli, submit_cli
 from launcher.lighthouse_cli import OUTPUTS, OutputsOption, say
 from launcher.model import KitError, ReportFormat
 
@@ -19,12 +19,17 @@ app = typer.Typer(
     name="launcher",
     help="Fault-tolerant pretraining on Slurm with torchft and torchtitan.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"max_content_width": 120},
 )
 sandbox_app = typer.Typer(no_args_is_help=True, help="A real Slurm on this one machine, as root.")
+app.command("submit", context_settings={"allow_extra_args": True})(submit_cli.submit)
+app.command("list")(submit_cli.list_runs)
+app.command("status")(submit_cli.status)
+app.command("cancel")(submit_cli.cancel)
+app.command("scale")(submit_cli.scale)
 app.add_typer(lighthouse_cli.app, name="lighthouse")
 app.add_typer(drill_cli.app, name="drill")
 app.add_typer(sandbox_app, name="sandbox")

@@ -111,6 +111,36 @@ VARIABLES = (
         meaning="how many of the array's tasks stand ready to take a lost replica group's place",
     ),
     Variable(
+        name="TFT_MAX_REPLICAS",
+        default="${tasks of the array, less spares}",
+        meaning="replica groups that the run may grow to; its data is split by it, for good",
+    ),
+    Variable(
+        name="TFT_RUN",
+        default="",
+        meaning="run that an array's tasks join, e.g. `tft-12`, instead of being one of their own",
+    ),
+    Variable(
+        name="TFT_PROFILE",
+        default="",
+        meaning="cluster profile of `launcher submit`: a file of configs/clusters, by name",
+    ),
+    Variable(
+        name="TFT_MODULES",
+        default="",
+        meaning="environment modules that the job scripts load first, e.g. `cuda/12.8`",
+    ),
+    Variable(
+        name="TFT_CONTAINER",
+        default="",
+        meaning="Apptainer image in which the tasks run; without it, on the node itself",
+    ),
+    Variable(
+        name="TFT_CONTAINER_FLAGS",
+        default="--nv",
+        meaning="flags of `apptainer exec`, without spaces in them",
+    ),
+    Variable(
         name="TFT_RELAY",
         default="1",
         meaning="0: managers talk to the lighthouse itself, and die with it or when it moves",
@@ -221,6 +251,10 @@ class Site:
     """Whether the ranks of a group's next start in place wait beside it."""
     spares: int
     """Array tasks beyond the replica groups, that stand ready to replace one."""
+    max_replicas: int
+    """Replica groups that the run may grow to; 0: those that it starts with."""
+    run: str
+    """Run to join; empty: the array is one of its own."""
     limits: Limits
     """How often a failing replica group is started again."""
 
@@ -255,6 +289,7 @@ class Site:
             "TFT_WEIGHT_HASH_EVERY",
             "TFT_DATALOADER_SAVE_EVERY",
             "TFT_SPARES",
+            "TFT_MAX_REPLICAS",
             "TFT_RESTARTS",
             "TFT_REQUEUES",
         ):
@@ -267,6 +302,8 @@ class Site:
             problems.append("TFT_DATALOADER_SAVE_EVERY must be at least 1")
         if env.get("TFT_MIN_STEP_SECONDS") and not _is_number(env["TFT_MIN_STEP_SECONDS"]):
             problems.append("TFT_MIN_STEP_SECONDS must be a number of seconds")
+        if env.get("TFT_RUN") and not re.fullmatch(r"tft-\d+", env["TFT_RUN"]):
+            problems.append(f"TFT_RUN must be a run's name like tft-12, not {env['TFT_RUN']!r}")
         lighthouse = env.get("TORCHFT_LIGHTHOUSE", "")
         if lighthouse and not re.fullmatch(r"https?://[^\s/]+:\d+/?", lighthouse):
             problems.append(
@@ -288,6 +325,8 @@ class Site:
             relay=env.get("TFT_RELAY") != "0",
             warm=env.get("TFT_WARM") != "0",
             spares=int(env.get("TFT_SPARES") or 0),
+            max_replicas=int(env.get("TFT_MAX_REPLICAS") or 0),
+            run=env.get("TFT_RUN", ""),
             limits=Limits(
                 here=int(env.get("TFT_RESTARTS") or Limits().here),
                 elsewhere=int(env.get("TFT_REQUEUES") or Limits().elsewhere),
@@ -303,6 +342,7 @@ def _misspelled(env: Mapping[str, str]) -> list[str]:
         "TFT_FAILURES",
         "TFT_FINISHED",
         "TFT_STACKS",
+        "TFT_LEAVE",
         "TFT_STANDBY",
     }
     found = []

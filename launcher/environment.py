@@ -46,6 +46,7 @@ def replica_environment(
         "TFT_EVENTS": str(run.events(task.replica)),
         "TFT_FINISHED": str(run.finished),
         "TFT_STACKS": str(run.ranks(task.replica, task.attempt)),
+        "TFT_LEAVE": str(run.leave(task.replica, task.attempt)),
         "TFT_FAILURES": str(run.failures(task.replica, task.attempt)),
     }
     # One W&B run a replica group, in one W&B group a run, continued over requeues.

@@ -59,7 +59,9 @@ REPLICA_KINDS = frozenset(
         "xid",
         "busy",
         "fenced",
+        "leave",
         "action",
+        "resize",
     ]
 )
 
@@ -350,7 +352,8 @@ def parse_replica_event(line: bytes, source: Source | None = None) -> Event | No
         raw = json.loads(line)
         t, kind = float(raw.pop("t")), str(raw.pop("kind"))
         replica = raw.pop("replica")
-        if replica is not None or kind != "action":  # one for a spare, which is no group yet
+        # (A spare that is acted upon is no group yet, and a resize is of the whole run.)
+        if replica is not None or kind not in ("action", "resize"):
             replica = int(replica)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -42,6 +42,8 @@ class Group:
     uuid: str = ""
     failed_since_commit: int = 0
     ended_ok: bool = False
+    left: bool = False
+    """Whether it was told to leave the run."""
     ended: bool = False
     """Whether its newest attempt said that it ended."""
     requeues: int = 0

@@ -10,7 +10,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from launcher import orders, spares
 from launcher.care import Action, View, needed
@@ -18,7 +18,7 @@ from launcher.lock import acquire
 from launcher.model import KitError, UsageError
 from launcher.preflight import setting
 from launcher.rundir import RunDir
-from launcher.slurm import Slurm
+from launcher.slurm import Job, Slurm
 from launcher.state import Notice
 from launcher.watcher import Watcher
 
@@ -101,7 +101,7 @@ class Guardian:
                 continue
             self._done[key] = now
             try:
-                self._do(action)
+                self._do(action, watcher.jobs)
             except (KitError, OSError) as error:
                 notices += self._complain(action, str(error), now)
                 continue
@@ -121,8 +121,9 @@ class Guardian:
                 self._collective = UPSTREAM_COLLECTIVE_SECONDS
         return self._collective
 
-    def _do(self, action: Action) -> None:
-        task = f"{self._run.name.removeprefix('tft-')}_{action.task}"
+    def _do(self, action: Action, jobs: Sequence[Job]) -> None:
+        own = f"{self._run.number}_{action.task}"
+        task = next((job.name for job in jobs if job.task == action.task), own)
         if action.kind == "start_now":
             self._start_now(task, action)
         elif action.kind == "release":

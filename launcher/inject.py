@@ -115,7 +115,11 @@ class Injector:
         """Whether the task may go on; one that is just ending is waited for."""
         deadline = time.monotonic() + COMPLETING_SECONDS
         while True:
-            states = [j for j in self._slurm.jobs(target.array) if j.task == target.task]
+            states = [
+                j
+                for j in self._slurm.jobs(*RunDir(Path(target.run)).arrays())
+                if j.task == target.task
+            ]
             ending = any(job.state == "COMPLETING" for job in states)
             if not ending or time.monotonic() > deadline:
                 return any(job.live for job in states)
@@ -170,20 +174,20 @@ def aim(
     if kind.follows is Follows.LOSS and manifest.group_size < 2:
         raise UsageError("a run of one replica group has no peer to heal from: nothing to drill")
     if kind.whole_node:
-        others = [job for job in slurm.arrays_on(group.host) if job != manifest.array_job_id]
+        others = [job for job in slurm.arrays_on(group.host) if job not in run_dir.arrays()]
         if others:
             raise UsageError(f"job {others[0]} of another run is on {group.host}, too: not touched")
     partition = partition or (SANDBOX_PARTITION if sandbox else "")
     if kind.name == "preempt" and not partition:
         raise UsageError("preempt needs --partition: one whose jobs preempt those of this run")
     pids = stacks.rank_pids(run_dir.events(chosen), group.attempt)
-    at_node = _way_to(group.host, pids, run_dir, manifest, group.task_index, slurm)
+    at_node = _way_to(group.host, pids, run_dir, group.task_index, slurm)
     if not 0 <= rank < max(1, len(pids)):
         raise UsageError(f"replica {chosen} has ranks 0 to {len(pids) - 1}, and no {rank}")
-    task = f"{manifest.array_job_id}_{group.task_index}"
+    array = _array_of(run_dir, group.task_index, slurm)
     return Target(
         run=str(run_dir.path),
-        array=manifest.array_job_id,
+        array=array,
         task=group.task_index,
         node=group.host,
         replica=chosen,
@@ -195,7 +199,9 @@ def aim(
         supervisor=_supervisor(run_dir, manifest) if kind.follows is Follows.OUTAGE else (0, 0.0),
         sandbox=sandbox,
         partition=partition,
-        time_limit=slurm.time_limit(task) if kind.name == "time-limit" else "",
+        time_limit=slurm.time_limit(f"{array}_{group.task_index}")
+        if kind.name == "time-limit"
+        else "",
         seconds=seconds,
         rank=rank,
     )
@@ -215,18 +221,26 @@ def _replica(manifest: Manifest, state: RunState, replica: int | None, node: str
     return chosen
 
 
+def _array_of(run_dir: RunDir, task: int, slurm: Slurm) -> int:
+    """The array job that runs a task of this run: its own, or one that joined it."""
+    arrays = run_dir.arrays()
+    if len(arrays) == 1:
+        return arrays[0]
+    found = (job.array_job_id for job in slurm.jobs(*arrays) if job.task == task)
+    return next(found, arrays[0])
+
+
 def _way_to(
     node: str,
     pids: Mapping[int, int],
     run_dir: RunDir,
-    manifest: Manifest,
     task: int,
     slurm: Slurm,
 ) -> tuple[str, ...]:
     """What runs a command where those processes are: nothing, when that is here."""
     if any(hands.of_run(pid, str(run_dir.path)) for pid in pids.values()):
         return ()
-    jobs = [job for job in slurm.jobs(manifest.array_job_id) if job.task == task]
+    jobs = [job for job in slurm.jobs(*run_dir.arrays()) if job.task == task]
     if not jobs or jobs[0].state != "RUNNING":
         return ()
     flags = (f"--jobid={jobs[0].job_id}", "--overlap", f"--nodelist={node}")

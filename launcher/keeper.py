@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from launcher import lease, lighthouse, nodecheck, records, spares, stacks
+from launcher import lease, leaving, lighthouse, nodecheck, records, spares, stacks
 from launcher.environment import Task, replica_environment
 from launcher.gpus import GpuSampler
 from launcher.lease import patiently
@@ -68,6 +68,7 @@ class Keeper:
         """Sets of ranks that have waited so far, for a group or for the next start of this one."""
         self._warm = Warm(plan)
         self._must_end = ""
+        self._leaving = False
         self._port = 0
         self._started = 0.0
         self._events_from = 0
@@ -162,7 +163,7 @@ class Keeper:
         path, index, host = run.lease(replica), before.index, before.node
         held = patiently(lambda: lease.take(path, replica=replica, task=index, host=host))
         task = replace(before, replica=replica, attempt=held.number)
-        self._must_end, self._started = "", time.monotonic()
+        self._must_end, self._started, self._leaving = "", time.monotonic(), False
         self._task, self._lease = task, held
         self._events_from = records.size(run.events(task.replica))
         say(f"launching replica {task.replica} (attempt {task.attempt}) on {task.node}")
@@ -236,6 +237,9 @@ class Keeper:
             where = "" if payload.killed_for else f"; every rank's output: {failures.parent}"
             complain(f"{self._name} failed: {reason}{where}")
             return Ended(code=code or 1, reason=reason, trained=self._has_trained())
+        elif self._leaving:
+            reason = leaving.LEFT
+            say(f"{self._name} {reason}")
         else:
             reason = "finished"
             text = json.dumps({"replica": task.replica, "t": time.time()}) + "\n"
@@ -284,8 +288,13 @@ class Keeper:
                 warm = False
                 self._stood_by += 1
                 self._warm.prepare(run.standby_ranks(task.index, self._stood_by), done)
-            order = self._orders.restart(task.replica, task.attempt)
-            if order is not None:
+            order = self._orders.of_attempt(task.replica, task.attempt)
+            if order is not None and order.do == "leave":
+                say(f"{self._name} is to leave between two steps ({order.why})")
+                self._leaving = True
+                path = run.leave(task.replica, task.attempt)
+                leaving.tell(path, run.events(task.replica), self._events_from)
+            elif order is not None:
                 complain(f"{self._name} is to end: {order.why}; its stacks are collected first")
                 stacks.collect(
                     run.ranks(task.replica, task.attempt),

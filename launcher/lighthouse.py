@@ -102,8 +102,7 @@ class LighthouseDir:
             if 0 <= known < MOST_QUORUMS:
                 return known
         # Damaged: what the log of the run says, as far as it is kept.
-        run = self.claimed_by()
-        log = Outputs(self.path.parent.parent.parent).run_of_array(run or 0).lighthouse_log
+        log = self._run(self.claimed_by() or 0).lighthouse_log
         found = [0]
         with contextlib.suppress(OSError):
             found += map(int, re.findall(rb"Quorum! Quorum \{ quorum_id: (\d+),", log.read_bytes()))
@@ -116,6 +115,9 @@ class LighthouseDir:
             OSError: it cannot be written.
         """
         overwrite(self._state, json.dumps({"quorum_id": quorum_id}) + "\n")
+
+    def _run(self, array_job_id: int) -> RunDir:
+        return Outputs(self.path.parent.parent.parent).run_of_array(array_job_id)
 
     @property
     def _address(self) -> Path:
@@ -171,7 +173,9 @@ class LighthouseDir:
         """Forget the run served last, when Slurm says that it has ended."""
         with contextlib.suppress(KitError):
             run = self.claimed_by()
-            if run is not None and not any(job.live for job in slurm.jobs(run)):
+            if run is None:
+                return
+            if not any(job.live for job in slurm.jobs(*self._run(run).arrays())):
                 self._claim.unlink(missing_ok=True)
 
     def claim(self, array_job_id: int, slurm: Slurm) -> None:
@@ -187,7 +191,7 @@ class LighthouseDir:
             return
         with self._lock():
             other = self.claimed_by()
-            if other is not None and other != array_job_id and _in_queue(other, slurm):
+            if other is not None and other != array_job_id and _in_queue(self._run(other), slurm):
                 raise UsageError(
                     f"the lighthouse {self.label} already serves run tft-{other}, which is "
                     "still in the queue: two runs on one lighthouse would train as one. Wait for "
@@ -220,10 +224,10 @@ class LighthouseDir:
                 lock.rmdir()
 
 
-def _in_queue(array_job_id: int, slurm: Slurm) -> bool:
+def _in_queue(run: RunDir, slurm: Slurm) -> bool:
     """Whether Slurm may still run tasks of a run; one that is just ending is waited for."""
     deadline = time.monotonic() + COMPLETING_PATIENCE
-    while live := [job for job in slurm.jobs(array_job_id) if job.live]:
+    while live := [job for job in slurm.jobs(*run.arrays()) if job.live]:
         if any(job.state != "COMPLETING" for job in live) or time.monotonic() > deadline:
             return True
         time.sleep(1.0)

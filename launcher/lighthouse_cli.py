@@ -87,6 +87,9 @@ def lighthouse_up(
             help="Look after the run that it serves: cut Slurm's delays, restart hung groups."
         ),
     ] = True,
+    with_run: Annotated[
+        bool, typer.Option("--with-run", help="End when the run that it serves is over.")
+    ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Run in the background.")] = False,
 ) -> None:
     """Start the lighthouse and publish its address; Ctrl-C or `down` ends it."""
@@ -103,6 +106,8 @@ def lighthouse_up(
     chosen = PROFILES[timeouts]
     if not bind and host in ("127.0.0.1", "localhost", "::1"):
         bind = host  # nobody but this machine is meant to reach it
+    if with_run and not act:
+        raise UsageError("--with-run needs the guardian, which knows when a run is over")
     settings = LighthouseSettings(
         host=host or socket.gethostname(),
         port=port,
@@ -119,7 +124,9 @@ def lighthouse_up(
         threading.Thread(target=folder.release_if_ended, args=(Slurm(),), daemon=True).start()
         monitor = [sys.executable, "-m", "launcher", "monitor", f"--outputs={place.root}"]
         guardian = [*monitor, "--act", "--with-parent"]
-        Supervisor(settings, folder, place, guardian=guardian if act else (), say=say).run()
+        Supervisor(
+            settings, folder, place, guardian=guardian if act else (), with_run=with_run, say=say
+        ).run()
         return
     argv = [sys.executable, "-m", "launcher", *(a for a in sys.argv[1:] if a != "--detach")]
     address = start_detached(argv, folder)

@@ -44,10 +44,10 @@ def choose(outputs: Outputs, name: str | None, slurm: Slurm) -> RunDir:
                 if any(job.live for job in slurm.jobs(int(number))):
                     return outputs.run_of_array(int(number))
         return outputs.find(name)
-    known = {run.name for run in outputs.runs()}
+    known = {array for run in outputs.runs() for array in run.arrays()}
     with contextlib.suppress(BlindError):
         for array in reversed(slurm.own_arrays(str(Path.cwd()), SCRIPT)):
-            if outputs.run_of_array(array).name not in known:
+            if array not in known:
                 return outputs.run_of_array(array)
     return outputs.find(None)
 
@@ -61,7 +61,7 @@ def await_start(run: RunDir, *, say: Callable[[str], None], slurm: Slurm) -> Non
     """
     told = ""
     while not run.manifest_path.is_file():
-        jobs = slurm.jobs(int(run.name.removeprefix("tft-")))
+        jobs = slurm.jobs(*run.arrays())
         if not any(job.live for job in jobs):
             said = run.last_words()
             raise CriticalError(f"run {run.name} did not start: {said or 'its logs say nothing'}")

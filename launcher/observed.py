@@ -32,7 +32,7 @@ class Observed:
     """Where a run stands, and what is seen of it besides its events."""
 
     group_size: int
-    """Replica groups of the whole run; 0 when it is not known (bare logs)."""
+    """Replica groups that the run is to have; 0 when it is not known (bare logs)."""
     steps: int | None = None
     """Last step of the training, when it is known."""
     groups: dict[int, Group] = field(default_factory=dict)

@@ -16,12 +16,15 @@ from pathlib import Path
 #: Seconds for which an order stands: one that arrives later (the node could not be reached)
 #: was given for a state of things that is over.
 VALID_SECONDS = 60.0
+#: What can be ordered.
+KINDS = frozenset({"restart", "leave", "take_over"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """``restart``: end this attempt of that replica group, and start it anew. ``take_over``: the
-    spare in array task ``task`` becomes that replica group, in place of this attempt of it."""
+    """``restart``: end this attempt of that replica group, and start it anew. ``leave``: end it
+    between two steps, for good. ``take_over``: the spare in array task ``task`` becomes that
+    replica group, in place of this attempt of it."""
 
     t: float
     """When it was given, Unix seconds."""
@@ -56,10 +59,10 @@ class OrderReader:
         self._path = path
         self._offset = 0
 
-    def restart(self, replica: int, attempt: int) -> Order | None:
-        """The newest standing order to restart this attempt that was not returned before."""
+    def of_attempt(self, replica: int, attempt: int) -> Order | None:
+        """The newest standing order for this attempt to end that was not returned before."""
         return self._newest(
-            lambda o: o.do == "restart" and (o.replica, o.attempt) == (replica, attempt)
+            lambda o: o.do != "take_over" and (o.replica, o.attempt) == (replica, attempt)
         )
 
     def take_over(self, task: int) -> Order | None:
@@ -84,5 +87,5 @@ class OrderReader:
         for line in data[:whole].splitlines():
             with contextlib.suppress(ValueError, TypeError):
                 order = Order(**json.loads(line))
-                if isinstance(order.t, float | int) and order.do in ("restart", "take_over"):
+                if isinstance(order.t, float | int) and order.do in KINDS:
                     yield order

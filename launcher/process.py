@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.model import BlindError
@@ -26,8 +26,11 @@ class Completed:
 Run = Callable[[Sequence[str]], Completed]
 
 
-def run(argv: Sequence[str], timeout: float = DEFAULT_TIMEOUT) -> Completed:
-    """Run ``argv`` without a shell and without standard input.
+def run(
+    argv: Sequence[str], timeout: float = DEFAULT_TIMEOUT, env: Mapping[str, str] | None = None
+) -> Completed:
+    """Run ``argv`` without a shell and without standard input, in our own environment unless
+    another one is given.
 
     Raises:
         BlindError: the program is not there, or did not answer in ``timeout`` seconds.
@@ -38,6 +41,7 @@ def run(argv: Sequence[str], timeout: float = DEFAULT_TIMEOUT) -> Completed:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=timeout,
+            env=env,
             encoding="utf-8",
             errors="replace",
             check=False,

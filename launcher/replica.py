@@ -34,41 +34,34 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
         KitError: what is needed is missing; nothing was started.
     """
     site = Site.from_environment(env)
-    array_id, task, count = _array_task(env)
-    if site.spares >= count:
+    array_id, task, count = _array_task(env, any_index=bool(site.run or site.max_replicas))
+    if site.spares >= count and not site.run:
         raise UsageError(
             f"TFT_SPARES={site.spares} of {count} array tasks leaves no replica group: submit "
             "--array=0-N with one task for each group and one for each spare"
         )
     training = preflight.check(site)
     outputs = Outputs(site.outputs.absolute())
-    url, folder = lighthouse.discover(outputs, site.lighthouse)
+    run = outputs.find(site.run) if site.run else outputs.run_of_array(array_id)
+    by_hand = site.lighthouse
+    if site.run and not by_hand:
+        folder = lighthouse.LighthouseDir.of_run(run, run.manifest())
+        address = folder.address()
+        by_hand = address.url if address is not None else run.manifest().lighthouse
+    url, folder = lighthouse.discover(outputs, by_hand)
     lighthouse.require_answer(url, patience=LIGHTHOUSE_PATIENCE)
-    run = outputs.run_of_array(array_id)
-    folder.claim(array_id, slurm)
+    if site.run:
+        run.join(array_id)
+    folder.claim(run.number, slurm)
     if not run.manifest_path.exists():
         try:
             lighthouse.refuse_strangers(url)
         except UsageError:
-            folder.release(array_id)
+            folder.release(run.number)
             raise
+    user = env.get("SLURM_JOB_USER", "")
     manifest = run.create(
-        Manifest(
-            run=run.name,
-            array_job_id=array_id,
-            group_size=count - site.spares,
-            spares=site.spares,
-            ranks_per_group=site.ranks_per_node,
-            config=str(site.config),
-            extra_args=site.extra_args,
-            lighthouse=url,
-            lighthouse_name=folder.path.name,
-            steps=training.steps,
-            submitted_by=env.get("SLURM_JOB_USER", ""),
-            created=time.time(),
-            versions=_versions(),
-            settings=training.settings,
-        )
+        manifest_of(site, training, run, url, folder, replicas=count - site.spares, user=user)
     )
     if task.index >= manifest.group_size + manifest.spares:
         raise UsageError(
@@ -93,6 +86,36 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
     return Keeper(plan, task, slurm).run()
 
 
+def manifest_of(
+    site: Site,
+    training: preflight.Training,
+    run: RunDir,
+    url: str,
+    folder: lighthouse.LighthouseDir,
+    *,
+    replicas: int,
+    user: str,
+) -> Manifest:
+    """What is fixed for the whole life of a run, as whoever comes first writes it."""
+    return Manifest(
+        run=run.name,
+        array_job_id=run.number,
+        group_size=site.max_replicas or replicas,
+        replicas=replicas,
+        spares=site.spares,
+        ranks_per_group=site.ranks_per_node,
+        config=str(site.config),
+        extra_args=site.extra_args,
+        lighthouse=url,
+        lighthouse_name=folder.path.name,
+        steps=training.steps,
+        submitted_by=user,
+        created=time.time(),
+        versions=_versions(),
+        settings=training.settings,
+    )
+
+
 def _flags(env: Mapping[str, str], manifest: Manifest, run: RunDir, task: Task) -> list[str]:
     """The trainer's flags for one attempt of a replica group."""
     return replica_flags(
@@ -112,8 +135,8 @@ def _argv(site: Site, manifest: Manifest, folder: Path, flags: list[str]) -> lis
     return torchrun.argv(flags)
 
 
-def _array_task(env: Mapping[str, str]) -> tuple[int, Task, int]:
-    """Array job id, task and group size from Slurm's variables.
+def _array_task(env: Mapping[str, str], *, any_index: bool) -> tuple[int, Task, int]:
+    """Array job id, task and number of tasks from Slurm's variables.
 
     Raises:
         UsageError: not in an array, or an array whose indices are not 0 to N-1.
@@ -130,7 +153,7 @@ def _array_task(env: Mapping[str, str]) -> tuple[int, Task, int]:
         )
     count = int(env["SLURM_ARRAY_TASK_COUNT"])
     lowest, highest = int(env["SLURM_ARRAY_TASK_MIN"]), int(env["SLURM_ARRAY_TASK_MAX"])
-    if (lowest, highest) != (0, count - 1):
+    if (lowest, highest) != (0, count - 1) and not any_index:
         raise UsageError(
             f"the array's indices run from {lowest} to {highest} in {count} tasks; they are the "
             f"replica ids and must be 0 to N-1: submit with --array=0-{count - 1}"

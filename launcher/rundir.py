@@ -7,10 +7,12 @@
       lighthouses/<host>-<port>/  address.json, claim.json, lighthouse.log while unclaimed
       tft-<A>/                    one run: the array job <A>
         run.json                  manifest, written once by whoever comes first
+        submission.json           how `launcher submit` submitted it; its owner's
         lighthouse.log            what the lighthouse said while it served this run
         tft-<A>_<a>.out / .err    logs of replica group <a>, all attempts, appended
         tft-<A>_<a>.events.jsonl  its structured events
         groups/<a>.*              who runs replica group <a>, and how its attempts ended
+        groups/array-<B>          the array job <B> has joined this run
         ranks/<a>.<attempt>/      full output of every rank, by torchrun; stacks of hung ones
         orders.jsonl              what the guardian tells the launchers on the nodes
         events.jsonl              what the guardian saw and did
@@ -38,7 +40,9 @@ class Manifest:
     run: str
     array_job_id: int
     group_size: int
-    """Number of replica groups; the data is split by it."""
+    """Number of replica groups that it may have; the data is split by it."""
+    replicas: int = 0
+    """Number of replica groups that it started with; 0: all."""
     ranks_per_group: int
     spares: int = 0
     """Further array tasks that stand ready to take a lost group's place."""
@@ -70,8 +74,19 @@ class RunDir:
         return self.path.name
 
     @property
+    def number(self) -> int:
+        """Array job id of the job that began it."""
+        digits = self.name.removeprefix("tft-")
+        return int(digits) if digits.isdigit() else self.manifest().array_job_id
+
+    @property
     def manifest_path(self) -> Path:
         return self.path / "run.json"
+
+    @property
+    def submission(self) -> Path:
+        """How `launcher submit` submitted it."""
+        return self.path / "submission.json"
 
     @property
     def lighthouse_log(self) -> Path:
@@ -91,6 +106,20 @@ class RunDir:
     def groups(self) -> Path:
         """Small files about who runs what."""
         return self.path / "groups"
+
+    def join(self, array_job_id: int) -> None:
+        """Note that an array job brings tasks to this run.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.groups.mkdir(parents=True, exist_ok=True)
+        (self.groups / f"array-{array_job_id}").touch()
+
+    def arrays(self) -> list[int]:
+        """Array jobs whose tasks belong to this run: its own, and those that joined it."""
+        joined = (path.name.removeprefix("array-") for path in self.groups.glob("array-*"))
+        return sorted({self.number, *(int(each) for each in joined if each.isdigit())})
 
     def lease(self, replica: int) -> Path:
         """Who runs a replica group."""
@@ -138,6 +167,10 @@ class RunDir:
 
     def ranks(self, replica: int, attempt: int) -> Path:
         return self.path / "ranks" / f"{replica}.{attempt}"
+
+    def leave(self, replica: int, attempt: int) -> Path:
+        """The step at which this attempt's ranks are to leave the run."""
+        return self.ranks(replica, attempt) / "leave"
 
     def failures(self, replica: int, attempt: int) -> Path:
         return self.ranks(replica, attempt) / "failures.json"
@@ -195,7 +228,8 @@ class Outputs:
 
     def runs(self) -> list[RunDir]:
         """Runs by the time of their start, oldest first; those too that failed to start."""
-        found = [RunDir(path) for path in self.torchft.glob("tft-*") if path.is_dir()]
+        folders = (path for path in self.torchft.glob("tft-*") if path.is_dir())
+        found = [RunDir(path) for path in folders if path.name[4:].isdigit()]
         return sorted(found, key=_started)
 
     def find(self, name: str | None) -> RunDir:
@@ -243,9 +277,9 @@ def create_once(path: Path, content: str) -> bool:
         os.unlink(temporary)
 
 
-def replace(path: Path, content: str) -> None:
+def replace(path: Path, content: str, mode: int = 0o644) -> None:
     """Write ``path`` whole or not at all."""
-    temporary = _write_temporary(path, content)
+    temporary = _write_temporary(path, content, mode)
     try:
         os.replace(temporary, path)
     except OSError:
@@ -291,7 +325,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _write_temporary(path: Path, content: str) -> str:
+def _write_temporary(path: Path, content: str, mode: int = 0o644) -> str:
     try:
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -299,7 +333,7 @@ def _write_temporary(path: Path, content: str) -> str:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, mode)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)

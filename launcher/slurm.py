@@ -50,6 +50,11 @@ class Job:
     def live(self) -> bool:
         return self.state not in FINAL_STATES
 
+    @property
+    def name(self) -> str:
+        """``<array job>_<index>``, as Slurm's commands take it."""
+        return f"{self.array_job_id}_{self.task}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
@@ -75,22 +80,28 @@ class Slurm:
     def __init__(self, run: Run = run) -> None:
         self._run = run
 
-    def jobs(self, job_id: int) -> list[Job]:
-        """Array tasks of ``job_id``, finished ones too while Slurm remembers them.
+    def jobs(self, *job_ids: int) -> list[Job]:
+        """Array tasks of these jobs, finished ones too while Slurm remembers them.
 
         Returns:
             One entry a task; empty when the controller answered that it knows no such job.
+            Of several jobs with a task of the same index, the one that lives, else the newest.
 
         Raises:
             BlindError: the controller could not be asked.
         """
-        argv = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={job_id}"]
+        jobs = ",".join(map(str, job_ids))
+        argv = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={jobs}"]
         done = self._run([*argv, "--format=%A|%F|%K|%T|%N|%S|%r"])
         if done.code != 0:
             if "Invalid job id" in done.err:
                 return []
             raise _blind(done)
-        return [_job(line) for line in done.out.splitlines() if line.strip()]
+        found = [_job(line) for line in done.out.splitlines() if line.strip()]
+        if len(job_ids) < 2:
+            return found
+        found.sort(key=lambda job: (job.live, job.array_job_id))
+        return list({job.task: job for job in found}.values())
 
     def own_arrays(self, folder: str, script: str) -> list[int]:
         """Array job ids of this user's queued or running jobs that were submitted from
@@ -160,9 +171,9 @@ class Slurm:
         """Names in a compressed node list such as ``worker-[0-3]``."""
         return self._ok(["scontrol", "show", "hostnames", nodelist]).out.split()
 
-    def submit(self, flags: Sequence[str], script: str) -> int:
+    def submit(self, flags: Sequence[str], script: str, arguments: Sequence[str] = ()) -> int:
         """Submit ``script``; returns the job's (or array's) id."""
-        done = self._ok(["sbatch", "--parsable", *flags, script])
+        done = self._ok(["sbatch", "--parsable", *flags, script, *arguments])
         match = re.match(r"(\d+)", done.out.strip())
         if match is None:
             raise SlurmError(f"sbatch did not answer with a job id: {done.out.strip()!r}")
@@ -202,8 +213,9 @@ class Slurm:
         argv = ["scontrol", "update", f"NodeName={name}", f"State={state}"]
         self._ok([*argv, f"Reason={reason}"] if reason else argv)
 
-    def cancel(self, job_id: int) -> None:
-        self._ok(["scancel", str(job_id)])
+    def cancel(self, job: int | str) -> None:
+        """End every task of a job, or one task (``<array job>_<index>``)."""
+        self._ok(["scancel", str(job) if isinstance(job, int) else _task_name(job)])
 
     def _ok(self, argv: Sequence[str]) -> Completed:
         done = self._run(argv)

@@ -52,6 +52,8 @@ class RunState(Outages):
             return self._membership(event)
         if event.kind == "listening":
             return self._listening(event)
+        if event.kind == "resize":
+            return self._resize(event)
         if event.kind in ("heartbeat_failed", "quorum_failed"):
             self.lighthouse_errors.append(event.t)
         if event.replica is None or event.replica > 1_000_000:
@@ -145,6 +147,21 @@ class RunState(Outages):
                 incident.explain([same_process_sign(incident.lost_at, event.source)])
         return f"replica {replica} joined" + (" (behind: will heal)" if behind else "")
 
+    def _resize(self, event: Event) -> list[Notice]:
+        """The run is to have another number of replica groups."""
+        self.count_time(event.t)
+        self.quorum_since = event.t if self.members else self.quorum_since
+        before, self.group_size = self.size, int(event.get("replicas", self.size))
+        self.__post_init__()
+        self.seen_full = len(self.members) >= self.size
+        for group in self.groups.values():
+            if group.replica < self.group_size:
+                continue
+            group.left = group.ended_ok = True
+            if group.replica not in self.members:
+                self.enter(group, GroupState.DONE, event.t)
+        return [Notice(event.t, f"the run is resized: {self.size} replica groups, before {before}")]
+
     # -- a replica group's own view: one method a kind of event ----------------------
 
     def _sign(self, group: Group, sign: Sign) -> None:
@@ -176,6 +193,7 @@ class RunState(Outages):
         group.host = str(event.get("host", ""))
         group.task = event.get("task")
         group.last_commit, group.ended_ok, group.ended = None, False, False
+        group.left = False
         group.next, group.busy = "", ""
         group.gpus, group.ecc_before = {}, {}
         group.boot, group.boot_at, group.launched_at = {}, event.t, event.t
@@ -327,6 +345,11 @@ class RunState(Outages):
             group.ended_ok = True
         return ()
 
+    def _leave(self, group: Group, event: Event) -> Iterable[Notice]:
+        # Said by its ranks, between two steps.
+        group.left = group.ended_ok = True
+        return ()
+
     def _exit(self, group: Group, event: Event) -> Iterable[Notice]:
         code, reason = int(event.get("code", 1)), str(event.get("reason", ""))
         group.ended, group.next = True, str(event.get("next", ""))
@@ -336,7 +359,8 @@ class RunState(Outages):
         if code == 0:
             group.ended_ok = True
             self.enter(group, GroupState.DONE, event.t)
-            yield Notice(event.t, f"{name} finished at step {group.step}")
+            what = "left the run" if group.left else "finished"
+            yield Notice(event.t, f"{name} {what} at step {group.step}")
             return
         group.ended_ok = False
         self.enter(group, GroupState.LOST, event.t)

@@ -44,6 +44,8 @@ from launcher.rundir import Outputs
 
 #: Pause before a lighthouse that died is started again, doubling up to the second.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+#: Seconds for which a lighthouse that was started for a run waits for it.
+UNUSED_SECONDS = 300.0
 
 
 class Supervisor:
@@ -56,16 +58,20 @@ class Supervisor:
         outputs: Outputs,
         *,
         guardian: Sequence[str] = (),
+        with_run: bool = False,
         say: Callable[[str], None] = print,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
-        """``guardian``: command that looks after a run, given its name; empty: nobody does."""
+        """``guardian``: command that looks after a run, given its name; empty: nobody does.
+        ``with_run``: end when the guardian says that the run is over, or none has come."""
         self._settings = settings
         self._outputs = outputs
         self._say = say
         self._environ = environ
         self._folder = folder
         self._guardian = GuardianChild(guardian, folder.path / "guardian.log", environ)
+        self._with_run = with_run
+        self._began = time.monotonic()
         self._stop = threading.Event()
         self._child: LighthouseChild | None = None
         self._ready = False
@@ -202,6 +208,13 @@ class Supervisor:
             with contextlib.suppress(KitError, OSError):
                 run = self._folder.claimed_by()
                 self._guardian.tend(f"tft-{run}" if run is not None else None)
+                self._end_with_run(run)
+
+    def _end_with_run(self, run: int | None) -> None:
+        unused = run is None and time.monotonic() - self._began > UNUSED_SECONDS
+        if self._with_run and (unused or self._guardian.over):
+            self._say("no run has come" if run is None else f"run tft-{run} is over")
+            self._stop.set()
 
     def _end_child(self) -> None:
         if self._child is not None:

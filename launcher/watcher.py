@@ -61,14 +61,16 @@ class Log:
 class Watcher:
     """Reads one run; every look folds in what is new."""
 
-    def __init__(self, logs: list[Log], state: RunState, *, job: int | None, slurm: Slurm | None):
+    def __init__(
+        self, logs: list[Log], state: RunState, *, run: RunDir | None, slurm: Slurm | None
+    ) -> None:
         self.state = state
         self.blind: dict[str, str] = {}
         """Sources that could not be read at the last look, with why."""
         self.live_tasks: int | None = None
         """Array tasks that Slurm may still run; None until it could be asked."""
         self._logs = logs
-        self._job = job
+        self._run = run
         self._slurm = slurm
         self.jobs: list[Job] = []
         """The run's array tasks, as last asked."""
@@ -107,8 +109,8 @@ class Watcher:
             ]
         acts = run.guardian_events
         logs.append(Log(Tail(acts), ReplicaEventReader(acts.name), lambda event: True))
-        state = RunState(manifest.group_size, manifest.steps)
-        return cls(logs, state, job=manifest.array_job_id, slurm=slurm)
+        state = RunState(manifest.replicas or manifest.group_size, manifest.steps)
+        return cls(logs, state, run=run, slurm=slurm)
 
     @classmethod
     def of_files(cls, lighthouse_log: Path | None, replica_logs: Sequence[Path]) -> Watcher:
@@ -124,7 +126,7 @@ class Watcher:
             # What a group's structured events tell is not told again by its text log.
             news = (lambda e: e.kind in TEXT_ONLY_KINDS) if replica in told else (lambda e: True)
             logs.append(_text(path, replica, news))
-        return cls(logs, RunState(0), job=None, slurm=None)
+        return cls(logs, RunState(0), run=None, slurm=None)
 
     def __enter__(self) -> Watcher:
         return self
@@ -197,7 +199,7 @@ class Watcher:
                 waiting=self.waiting,
                 blind=self.blind,
                 lines={str(log.tail.path): (log.reader.lines, log.events) for log in self._logs},
-                job=str(self._job or "<job>"),
+                job=str(self._run.number) if self._run else "<job>",
             )
         )
 
@@ -214,8 +216,8 @@ class Watcher:
                 return log.reader.waiting
         return Waiting()
 
-    def _ask_jobs_and_nodes(self, slurm: Slurm, job: int, every: float) -> list[Job]:
-        jobs = slurm.jobs(job)
+    def _ask_jobs_and_nodes(self, slurm: Slurm, run: RunDir, every: float) -> list[Job]:
+        jobs = slurm.jobs(*run.arrays())
         if time.monotonic() - self._nodes_asked >= every:
             self._nodes_asked = time.monotonic()
             with contextlib.suppress(BlindError):
@@ -224,7 +226,7 @@ class Watcher:
 
     def _ask(self, *, wait: bool) -> list[Notice]:
         """Slurm's word, asked for on the side: a slow controller must not hold up the logs."""
-        if self._slurm is None or self._job is None or self.state.finished:
+        if self._slurm is None or self._run is None or self.state.finished:
             return []
         away = self.eager and any(g.state in AWAY for g in self.state.groups.values())
         every = ASK_EAGERLY if away else ASK_EVERY
@@ -233,7 +235,7 @@ class Watcher:
             lost = any(i.host and i.recovered_at is None for i in self.state.incidents)
             every = 0.0 if lost else ASK_NODES_EVERY
             self._answer = self._side.submit(
-                self._ask_jobs_and_nodes, self._slurm, self._job, every
+                self._ask_jobs_and_nodes, self._slurm, self._run, every
             )
         notices = []
         if self._answer is not None and (wait or self._answer.done()):

@@ -38,6 +38,14 @@ def hostile(tmp_path: Path) -> Path:
     return folder
 
 
+def golden(path: Path, text: str) -> None:
+    """Compare with what is kept in ``path``; REWRITE_GOLDEN=1 keeps what there is now."""
+    if os.environ.get("REWRITE_GOLDEN") == "1":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text(), f"{path} differs; REWRITE_GOLDEN=1 keeps the new one"
+
+
 def copy_of(rank: int) -> list[psutil.Process]:
     """Every process of the replica group's copy that process ``rank`` is of."""
     process = psutil.Process(rank)

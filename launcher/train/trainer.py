@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -26,6 +27,8 @@ from launcher.train.weights import weight_hash
 #: Seconds after its start in which a restarted replica group looks whether its peers have
 #: finished meanwhile (they may need a moment to say so).
 TOO_LATE_SECONDS = 60.0
+#: Seconds between two looks at whether to leave the run.
+LOOK_SECONDS = 0.5
 
 
 class ReplicaFTManager(FTManager):
@@ -54,6 +57,7 @@ class ReplicaTrainer(ft_train.FTTrainer):
         self._timeout_reduced = False
         self._hashed_step = -1
         self._may_be_too_late = int(os.environ.get("TFT_ATTEMPT") or "1") > 1
+        self._leave_at, self._looked_at = sys.maxsize, 0.0
         spec.adapt(job_config)
         data.register()
         super().__init__(job_config)
@@ -78,6 +82,7 @@ class ReplicaTrainer(ft_train.FTTrainer):
     ) -> None:
         started = time.monotonic()
         self._stop_if_too_late()
+        self._leave_if_told()
         self._own_work.step(self.metrics_processor.data_loading_times)
         super().train_step(data_iterator)
         self._record_weights()
@@ -119,6 +124,21 @@ class ReplicaTrainer(ft_train.FTTrainer):
         torch.distributed.all_reduce(seen)  # the ranks must agree, and may look at other times
         if seen.item() > 0:
             logger.info("the run finished while this replica group was starting: nothing is left")
+            sys.exit(0)
+
+    def _leave_if_told(self) -> None:
+        """End between two steps, when the run is to go on without this replica group. The step is
+        far enough ahead for every rank to have read it."""
+        path, manager = os.environ.get("TFT_LEAVE", ""), self._manager
+        if manager is None or not path:
+            return
+        if self._leave_at == sys.maxsize and time.monotonic() - self._looked_at > LOOK_SECONDS:
+            self._looked_at = time.monotonic()
+            with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+                self._leave_at = int(file.read())
+        if manager.current_step() >= self._leave_at:
+            self._recorder.record("leave", step=manager.current_step())
+            logger.info(f"leaves the run at step {manager.current_step()}, as it was told to")
             sys.exit(0)
 
     def _record_weights(self) -> None:

@@ -364,7 +364,7 @@ def watch(run: RunDir, state: RunState, jobs: list[Job], waiting: Waiting) -> Wa
         waiting = property(lambda self: known)
 
     known = waiting
-    watcher = Known([], state, job=None, slurm=None)
+    watcher = Known([], state, run=None, slurm=None)
     watcher.jobs = jobs
     return watcher
 

@@ -62,22 +62,22 @@ def test_orders_are_for_one_attempt_and_grow_old(
 ) -> None:
     path = tmp_path / "orders.jsonl"
     reader = orders.OrderReader(path)
-    assert reader.restart(1, 1) is None
+    assert reader.of_attempt(1, 1) is None
     for replica, attempt in ((0, 1), (1, 2), (1, 1)):
         orders.give(path, "restart", replica=replica, attempt=attempt, why=f"{replica}.{attempt}")
     orders.give(path, "take_over", replica=1, attempt=1, why="spare", task=7)
     with path.open("a") as file:
         file.write("not json\n{}\n")
-    found = reader.restart(1, 1)
+    found = reader.of_attempt(1, 1)
     assert found is not None
     assert found.why == "1.1"
-    assert reader.restart(1, 1) is None, "an order is obeyed once"
+    assert reader.of_attempt(1, 1) is None, "an order is obeyed once"
     taken = orders.OrderReader(path).take_over(7)
     assert taken is not None
     assert (taken.replica, taken.why) == (1, "spare")
     assert orders.OrderReader(path).take_over(6) is None
     monkeypatch.setattr(orders, "VALID_SECONDS", -1.0)
-    assert orders.OrderReader(path).restart(1, 2) is None
+    assert orders.OrderReader(path).of_attempt(1, 2) is None
 
 
 def test_a_task_keeps_its_group_until_a_spare_has_it(run: RunDir) -> None:

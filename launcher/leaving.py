@@ -1,0 +1,55 @@
+"""How a replica group leaves a run that goes on: between two steps, so that no commit fails.
+
+Its launcher writes the step at which to leave into a file, far enough ahead that all ranks of the
+group have read it by then; they leave at that step, and the others go on without them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from pathlib import Path
+
+from launcher.rundir import overwrite
+
+#: Seconds in which every rank has read the file (they look twice a second).
+MARGIN_SECONDS = 3.0
+#: Commits from which the length of a step is taken.
+COMMITS = 8
+#: Why a group that has left ended.
+LEFT = "left the run, as it was told to"
+
+
+def tell(path: Path, events: Path, start: int) -> None:
+    """Tell a group's ranks when to leave.
+
+    Args:
+        path: what they read.
+        events: the group's structured events; ``start``: their size when this attempt began.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    overwrite(path, f"{step_to_leave(events, start)}\n")
+
+
+def step_to_leave(events: Path, start: int) -> int:
+    """Manager's step at which all ranks of a group can leave together; 0 (at once) for a group
+    that has not committed any."""
+    commits: list[tuple[float, int]] = []
+    with contextlib.suppress(OSError), events.open("rb") as file:
+        file.seek(start)
+        for line in file:
+            if b'"kind":"commit"' not in line:
+                continue
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                event = json.loads(line)
+                if event.get("rank", 0) == 0:
+                    commits.append((float(event["t"]), int(event["step"])))
+    if not commits:
+        return 0
+    recent = commits[-COMMITS:]
+    seconds = (recent[-1][0] - recent[0][0]) / max(1, len(recent) - 1)
+    ahead = math.ceil(MARGIN_SECONDS / seconds) if seconds > 0 else 1
+    return recent[-1][1] + 1 + max(2, ahead)

@@ -1,0 +1,273 @@
+"""Runs as a whole: which there are, ending one, and giving one more or fewer replica groups."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from launcher import orders, process
+from launcher.lighthouse import LighthouseDir
+from launcher.model import BlindError, GroupState, KitError, UsageError
+from launcher.rundir import Manifest, Outputs, RunDir, read_json
+from launcher.slurm import Job, Slurm
+from launcher.submission import SCRIPT
+from launcher.supervisor import stop
+from launcher.watcher import Watcher
+
+#: Seconds that a run gets to end, and a replica group to leave.
+END_SECONDS, LEAVE_SECONDS = 60.0, 60.0
+LOOK_EVERY = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """One run in a list."""
+
+    run: str
+    started: float
+    """Unix seconds; 0 when it has not."""
+    state: str
+    groups: str
+    """How many replica groups train, of how many."""
+    step: str
+
+
+def listed(outputs: Outputs, slurm: Slurm, *, every: bool = False) -> Iterator[Summary]:
+    """Runs, newest first; those that have ended only with ``every``.
+
+    Raises:
+        BlindError: Slurm cannot be asked which of them live.
+    """
+    for run in reversed(outputs.runs()):
+        jobs = slurm.jobs(*run.arrays())
+        live = [job for job in jobs if job.live]
+        if live or every:
+            yield _summary(run, live)
+
+
+def _summary(run: RunDir, live: list[Job]) -> Summary:
+    try:
+        manifest = run.manifest()
+    except KitError:
+        state = "waiting" if live else "did not start"
+        return Summary(run=run.name, started=0.0, state=state, groups="-", step="-")
+    with Watcher.of_run(run) as watcher:
+        watcher.look(final=True)
+    known = watcher.state
+    training = sum(group.state is GroupState.TRAINING for group in known.groups.values())
+    word = "finished" if run.finished.exists() else "ended early"
+    if live:
+        word = "runs" if any(job.state == "RUNNING" for job in live) else "waiting"
+    return Summary(
+        run=run.name,
+        started=manifest.created,
+        state=word,
+        groups=f"{training if live else 0}/{known.size}",
+        step=f"{known.step}" + (f"/{known.steps}" if known.steps is not None else ""),
+    )
+
+
+# -- cancel ------------------------------------------------------------------------------
+
+
+def cancel(run: RunDir, slurm: Slurm, say: Callable[[str], None]) -> None:
+    """End every task of a run, and the lighthouse that was started for it.
+
+    Raises:
+        KitError: Slurm refused, or the tasks did not end in time.
+        BlindError: Slurm cannot be asked.
+    """
+    arrays = run.arrays()
+    live = {job.array_job_id for job in slurm.jobs(*arrays) if job.live}
+    for array in sorted(live):
+        slurm.cancel(array)
+    say(f"run {run.name}: {'cancelled' if live else 'nothing of it is in the queue'}")
+    deadline = time.monotonic() + END_SECONDS
+    while any(job.live for job in slurm.jobs(*arrays)):
+        if time.monotonic() > deadline:
+            raise KitError(f"tasks of {run.name} still end after {END_SECONDS:g} s: squeue tells")
+        time.sleep(LOOK_EVERY)
+    if not run.submission.exists():
+        return  # its lighthouse was not started for it
+    with contextlib.suppress(BlindError):
+        folder = LighthouseDir.of_run(run, run.manifest())
+        address = folder.address()
+        ours = address is not None and folder.claimed_by() == run.number
+        if ours and _was_started_for_a_run(folder) and stop(folder, say):
+            say(f"its lighthouse {folder.label} is ended")
+
+
+def _was_started_for_a_run(folder: LighthouseDir) -> bool:
+    address = folder.address()
+    if address is None:
+        return False
+    with contextlib.suppress(OSError):
+        return b"\0--with-run\0" in Path(f"/proc/{address.pid}/cmdline").read_bytes()
+    return False
+
+
+# -- scale -------------------------------------------------------------------------------
+
+
+def scale(
+    run: RunDir,
+    replicas: int,
+    slurm: Slurm,
+    env: Mapping[str, str],
+    *,
+    say: Callable[[str], None],
+    slurm_with: Callable[[Mapping[str, str]], Slurm] = lambda env: Slurm(
+        partial(process.run, env=env)
+    ),
+) -> None:
+    """Give a live run another number of replica groups: more join and heal, the highest leave.
+
+    Raises:
+        UsageError: the run cannot have as many, or has ended.
+        KitError: a step failed.
+    """
+    manifest = run.manifest()
+    if not 1 <= replicas <= manifest.group_size:
+        raise UsageError(
+            f"{run.name} can have 1 to {manifest.group_size} replica groups: its data is split by the "
+            "latter, for good (--max-replicas when it is submitted)"
+        )
+    if run.finished.exists():
+        raise UsageError(f"{run.name} has finished")
+    jobs = slurm.jobs(*run.arrays())
+    if not any(job.live for job in jobs):
+        raise UsageError(f"{run.name} has ended: nothing of it is in the queue")
+    before = _size(run, manifest)
+    if replicas == before:
+        say(f"{run.name} has {replicas} replica groups")
+        return
+    _note(run, replicas)
+    if replicas > before:
+        _grow(run, manifest, before, replicas, jobs, env, slurm_with, say)
+    else:
+        _shrink(run, before, replicas, slurm, say)
+
+
+def _size(run: RunDir, manifest: Manifest) -> int:
+    """Replica groups that the run is to have now."""
+    size = manifest.replicas or manifest.group_size
+    with contextlib.suppress(OSError), run.guardian_events.open(encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                event = json.loads(line)
+                if event["kind"] == "resize":
+                    size = int(event["replicas"])
+    return size
+
+
+def _note(run: RunDir, replicas: int) -> None:
+    event = {"t": round(time.time(), 3), "kind": "resize", "replica": None, "replicas": replicas}
+    try:
+        with run.guardian_events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event, separators=(",", ":")) + "\n")
+    except OSError as error:
+        raise KitError(f"cannot write {run.guardian_events}: {error.strerror}") from error
+
+
+def _grow(
+    run: RunDir,
+    manifest: Manifest,
+    before: int,
+    replicas: int,
+    jobs: list[Job],
+    env: Mapping[str, str],
+    slurm_with: Callable[[Mapping[str, str]], Slurm],
+    say: Callable[[str], None],
+) -> None:
+    there = {job.task for job in jobs if job.live and job.state != "COMPLETING"}
+    missing = [index for index in range(before, replicas) if index not in there]
+    if not missing:
+        say(f"{run.name}: tasks for all {replicas} replica groups are in the queue already")
+        return
+    flags, handed = _record(run, manifest)
+    flags = [f for f in flags if not f.startswith(("--array=", "--dependency="))]
+    logs = str(run.path / run.name).replace("%", "%%")
+    flags += [f"--array={','.join(map(str, missing))}"]
+    flags += [f"--output={logs}_%a.out", f"--error={logs}_%a.err"]
+    # A task that joins is no part of the array that counted its spares.
+    handed = {**handed, "TFT_RUN": run.name}
+    handed.pop("TORCHFT_LIGHTHOUSE", None)  # the run's own, wherever it is now
+    base = {key: value for key, value in env.items() if key != "TORCHFT_LIGHTHOUSE"}
+    try:
+        array = slurm_with({**base, **handed}).submit(flags, SCRIPT)
+    except KitError:
+        _note(run, before)
+        raise
+    run.join(array)
+    say(f"{run.name}: job {array} brings replicas {', '.join(map(str, missing))}")
+
+
+def _record(run: RunDir, manifest: Manifest) -> tuple[list[str], dict[str, str]]:
+    """sbatch's flags and the environment with which the run was submitted."""
+    known = _read(run.submission)
+    if known:
+        return list(known["sbatch"][:-1]), dict(known["environment"])
+    # By hand: what the manifest says; the rest is this shell's.
+    return ["--export=ALL"], {
+        "TFT_CONFIG": manifest.config,
+        "TFT_EXTRA_ARGS": shlex.join(manifest.extra_args),
+        "TFT_RANKS_PER_NODE": str(manifest.ranks_per_group),
+        "TFT_OUTPUTS": os.path.relpath(run.path.parent.parent),
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    raw = read_json(path) or {}
+    if raw and not (isinstance(raw.get("sbatch"), list) and isinstance(raw["environment"], dict)):
+        raise KitError(f"{path} is not a record of a submission")
+    return raw
+
+
+def _shrink(
+    run: RunDir, before: int, replicas: int, slurm: Slurm, say: Callable[[str], None]
+) -> None:
+    """Tell the highest groups to leave; those that do not in time are cancelled."""
+    with Watcher.of_run(run, slurm) as watcher:
+        watcher.look(final=True)
+        leaving = set(range(replicas, before))
+        told: set[int] = set()
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while leaving and time.monotonic() < deadline:
+            for replica in sorted(leaving - told):
+                group = watcher.state.groups[replica]
+                if replica not in watcher.state.members or group.ended:
+                    continue
+                orders.give(
+                    run.orders, "leave", replica=replica, attempt=group.attempt,
+                    why=f"the run is scaled to {replicas}",
+                )  # fmt: skip
+                told.add(replica)
+            time.sleep(LOOK_EVERY)
+            watcher.look()
+            state = watcher.state
+            for replica in sorted(leaving):
+                group = state.groups[replica]
+                if group.ended and group.ended_ok and replica in told:
+                    say(f"replica {replica} left at step {group.step}")
+                    leaving.discard(replica)
+                elif replica not in state.members and replica not in told:
+                    leaving.discard(replica)  # it was not there: its task is all there is
+                    _end(run, group.task_index, slurm)
+                    say(f"replica {replica} was not training; its task is cancelled")
+        for replica in sorted(leaving):
+            _end(run, watcher.state.groups[replica].task_index, slurm)
+            say(f"replica {replica} did not leave in {LEAVE_SECONDS:g} s; its task is cancelled")
+
+
+def _end(run: RunDir, task: int, slurm: Slurm) -> None:
+    for job in slurm.jobs(*run.arrays()):
+        if job.task == task and job.live:
+            slurm.cancel(job.name)

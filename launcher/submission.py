@@ -1,0 +1,324 @@
+"""Submits a run: settings become one sbatch command and an environment, then a job.
+
+`plan` says exactly what would be done, `submit` does it: a lighthouse for the run, the array, the
+run's manifest. If a step fails, what was done before it is undone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from launcher import preflight, process
+from launcher.config import Site
+from launcher.interrupts import signals_ignored, stop_on_signals
+from launcher.lighthouse import Address, LighthouseDir, alive, port_holder, responds
+from launcher.lighthouse_child import PORTS
+from launcher.lock import acquire
+from launcher.model import BlindError, KitError, UsageError
+from launcher.replica import manifest_of
+from launcher.rundir import Outputs, RunDir, replace
+from launcher.settings import Resolved, ports
+from launcher.slurm import Slurm
+from launcher.supervisor import start_detached, stop
+
+#: Job scripts, from the repository's root.
+SCRIPT = "llama3.1-8b-pretraining-torchft.sh"
+#: Seconds that another submission of ours may take.
+PATIENCE = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """What would be done."""
+
+    resolved: Resolved
+    site: Site
+    training: preflight.Training
+    environment: Mapping[str, str]
+    """Variables that hand the settings to the tasks."""
+    sbatch: Sequence[str]
+    """sbatch's flags, script and arguments, without the command itself."""
+    lighthouse: Sequence[str]
+    """Command that starts the run's own lighthouse, without its port."""
+    replicas: int
+    max_replicas: int
+    spares: int
+    nodes_per_replica: int
+
+    def lines(self) -> list[str]:
+        """The commands in words of a shell, and the script that is submitted."""
+        flags = [flag for flag in self.sbatch if flag.startswith("-")]
+        rest = [word for word in self.sbatch if not word.startswith("-")]
+        said = ["# environment of the tasks"]
+        said += [f"export {k}={shlex.quote(v)}" for k, v in sorted(self.environment.items())]
+        if self.lighthouse:
+            first, last = ports(self.resolved.get("lighthouse_ports", DEFAULT_PORTS))
+            said += [
+                "",
+                f"# lighthouse: a free one, else one of its own, --port from {first} to {last}",
+            ]
+            said.append(shlex.join(self.lighthouse))
+        said += [
+            "",
+            "# run",
+            " \\\n    ".join(["sbatch", *map(shlex.quote, flags), shlex.join(rest)]),
+        ]
+        script = Path(rest[0])
+        return [*said, "", f"# {script}", *script.read_text(encoding="utf-8").splitlines()]
+
+
+DEFAULT_PORTS = "29510-29699"
+
+
+def plan(resolved: Resolved, env: Mapping[str, str]) -> Submission:
+    """Check everything that can be checked before something is started.
+
+    Raises:
+        UsageError: what is wrong, where, and what to do.
+    """
+    replicas = resolved.get("replicas")
+    if replicas is None:
+        raise UsageError(
+            "say how many replica groups: --replicas N, or `replicas: N` in a run file"
+        )
+    most = resolved.get("max_replicas", replicas)
+    if most < replicas:
+        raise UsageError(f"--max-replicas {most} is less than --replicas {replicas}")
+    if not Path(SCRIPT).is_file():
+        raise UsageError(f"{Path.cwd()} is not the root of the repository: submit from there")
+    handed = resolved.environment()
+    if resolved.get("max_replicas"):
+        handed["TFT_MAX_REPLICAS"] = str(most)
+    site = Site.from_environment({**env, **handed})
+    training = preflight.check(site)
+    spares = site.spares
+    return Submission(
+        resolved=resolved,
+        site=site,
+        training=training,
+        environment=handed,
+        sbatch=_sbatch(resolved, _indices(replicas, most, spares)),
+        lighthouse=() if resolved.get("lighthouse") else _lighthouse_command(resolved, site),
+        replicas=replicas,
+        max_replicas=most,
+        spares=spares,
+        nodes_per_replica=resolved.get("nodes_per_replica", 1),
+    )
+
+
+def _indices(replicas: int, most: int, spares: int) -> str:
+    """Array indices: replica groups from 0 up, and spares after the most that there can be."""
+    ranges = [(0, replicas), *([(most, most + spares)] if spares else [])]
+    if most == replicas:
+        ranges = [(0, replicas + spares)]
+    return ",".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in ranges)
+
+
+def _sbatch(resolved: Resolved, array: str) -> list[str]:
+    flags = [f"--array={array}", "--export=ALL"]
+    if (nodes := resolved.get("nodes_per_replica", 1)) > 1:
+        flags.append(f"--nodes={nodes}")
+    if gpus := resolved.get("gpus_per_node"):
+        flags.append(f"--gpus-per-task={gpus}")
+    return [*flags, *resolved.sbatch_flags(), SCRIPT]
+
+
+def _lighthouse_command(resolved: Resolved, site: Site) -> list[str]:
+    words = ["python", "-m", "launcher", "lighthouse", "up", "--with-run", "--detach"]
+    words.append(f"--outputs={site.outputs}")
+    for key, flag in (
+        ("lighthouse_host", "--host"),
+        ("lighthouse_bind", "--bind"),
+        ("timeouts", "--timeouts"),
+    ):
+        if value := resolved.get(key):
+            words.append(f"{flag}={value}")
+    return words
+
+
+# -- doing it --------------------------------------------------------------------------
+
+
+def submit(
+    submission: Submission,
+    env: Mapping[str, str],
+    *,
+    say: Callable[[str], None],
+    slurm_with: Callable[[Mapping[str, str]], Slurm] = lambda env: Slurm(
+        partial(process.run, env=env)
+    ),
+) -> RunDir:
+    """Start (or find) the run's lighthouse, submit the array, write the manifest.
+
+    Args:
+        slurm_with: Slurm's commands, run in the given environment.
+
+    Raises:
+        KitError: a step failed; what was done before is undone.
+    """
+    outputs = Outputs(submission.site.outputs.absolute())
+    with stop_on_signals(), _one_at_a_time(outputs), contextlib.ExitStack() as undo:
+        url, folder = _lighthouse(submission, outputs, slurm_with(env), undo, say)
+        handed = {**submission.environment, "TORCHFT_LIGHTHOUSE": url}
+        slurm = slurm_with({**env, **handed})
+        *flags, script = submission.sbatch
+        array = slurm.submit(flags, script)
+        undo.callback(_cancel, slurm, array, say)
+        folder.claim(array, slurm)
+        run = outputs.run_of_array(array)
+        manifest = manifest_of(
+            submission.site, submission.training, run, url, folder,
+            replicas=submission.replicas, user=getpass.getuser(),
+        )  # fmt: skip
+        run.create(manifest)
+        keep_record(run, submission, handed)
+        undo.pop_all()
+    return run
+
+
+def keep_record(run: RunDir, submission: Submission, handed: Mapping[str, str]) -> None:
+    """Keep what a later `scale` needs; readable for its owner alone."""
+    record = {
+        "sbatch": list(submission.sbatch),
+        "environment": dict(handed),
+        "settings": {key: [value, source] for key, value, source in submission.resolved.explain()},
+        "submitted": time.time(),
+    }
+    replace(run.submission, json.dumps(record, indent=2) + "\n", mode=0o600)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(outputs: Outputs) -> Iterator[None]:
+    """Two submissions at once would choose the same lighthouse."""
+    outputs.lighthouses.mkdir(parents=True, exist_ok=True)
+    path, deadline = outputs.lighthouses / ".submit.lock", time.monotonic() + PATIENCE
+    while (held := _locked(path)) is None:
+        if time.monotonic() > deadline:
+            raise KitError(f"another submission has held {path} for {PATIENCE:g} s")
+        time.sleep(0.2)
+    with held:
+        yield
+
+
+def _locked(path: Path) -> IO[str] | None:
+    try:
+        return acquire(path)
+    except OSError as error:
+        raise KitError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _cancel(slurm: Slurm, array: int, say: Callable[[str], None]) -> None:
+    with signals_ignored():
+        try:
+            slurm.cancel(array)
+            say(f"job {array} is cancelled again")
+        except KitError as error:
+            say(f"job {array} could NOT be cancelled: `scancel {array}` ({error})")
+
+
+def _lighthouse(
+    submission: Submission,
+    outputs: Outputs,
+    slurm: Slurm,
+    undo: contextlib.ExitStack,
+    say: Callable[[str], None],
+) -> tuple[str, LighthouseDir]:
+    """URL and folder of a lighthouse that serves nobody."""
+    if not submission.lighthouse:
+        url = str(submission.resolved.get("lighthouse")).rstrip("/")
+        for folder in _folders(outputs):
+            address = _address(folder)
+            if address is not None and address.url == url:
+                return url, folder
+        return url, LighthouseDir.of(outputs, url)
+    host = submission.resolved.get("lighthouse_host") or socket.gethostname()
+    for folder in _folders(outputs):
+        address = _address(folder)
+        if address is not None and _is_free(folder, address, slurm):
+            say(f"lighthouse {address.url} is up, and serves no run")
+            return address.url, folder
+    return _new_lighthouse(submission, outputs, host, undo, say)
+
+
+def _folders(outputs: Outputs) -> list[LighthouseDir]:
+    return [
+        LighthouseDir(path.parent) for path in sorted(outputs.lighthouses.glob("*/address.json"))
+    ]
+
+
+def _address(folder: LighthouseDir) -> Address | None:
+    with contextlib.suppress(KitError):
+        return folder.address()
+    return None
+
+
+def _is_free(folder: LighthouseDir, address: Address, slurm: Slurm) -> bool:
+    """Whether a lighthouse of this user's on this machine answers and serves no run."""
+    with contextlib.suppress(BlindError):  # of another machine
+        if address.user != getpass.getuser() or not alive(address):
+            return False
+        folder.release_if_ended(slurm)
+        return folder.claimed_by() is None and responds(address.url) is None
+    return False
+
+
+def _new_lighthouse(
+    submission: Submission,
+    outputs: Outputs,
+    host: str,
+    undo: contextlib.ExitStack,
+    say: Callable[[str], None],
+) -> tuple[str, LighthouseDir]:
+    given = submission.resolved.get("lighthouse_ports", DEFAULT_PORTS)
+    first, last = ports(given)
+    problem = "every port is taken"
+    for port in range(first, last - PORTS + 1, PORTS + 1):
+        if port_holder(port):
+            continue
+        folder = LighthouseDir.of(outputs, f"http://{host}:{port}")
+        words = [word for word in submission.lighthouse if word != "--detach"]
+        argv = [sys.executable, *words[1:], f"--host={host}", f"--port={port}"]
+        try:
+            address = start_detached(argv, folder)
+        except UsageError as error:
+            problem = str(error)  # somebody was faster
+            continue
+        undo.callback(_stop, folder, say)
+        say(f"lighthouse up at {address.url} (pid {address.pid}); it ends with the run")
+        return address.url, folder
+    raise KitError(f"no lighthouse could be started on ports {given}: {problem}")
+
+
+def _stop(folder: LighthouseDir, say: Callable[[str], None]) -> None:
+    with signals_ignored():
+        try:
+            stop(folder)
+            say("its lighthouse is ended again")
+        except KitError as error:
+            say(f"its lighthouse could NOT be ended: {error}")
+
+
+def next_steps(run: RunDir, submission: Submission) -> list[str]:
+    """What a person does after a submission."""
+    of = f" of {submission.max_replicas}" if submission.max_replicas != submission.replicas else ""
+    spares = f" and {submission.spares} spares" if submission.spares else ""
+    where = min(os.path.relpath(run.path), str(run.path), key=len)
+    return [
+        f"run {run.name}: {submission.replicas}{of} replica groups{spares}",
+        f"  python -m launcher monitor {run.name}      # what happens; Ctrl-C leaves the run alone",
+        f"  tail -F {shlex.quote(where)}/{run.name}_0.out    # its log",
+        f"  python -m launcher scale {run.name} --replicas N",
+        f"  python -m launcher cancel {run.name}",
+    ]

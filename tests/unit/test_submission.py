@@ -1,0 +1,181 @@
+"""What a submission would do, whole; and what is undone when a step of it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import lighthouse, submission
+from launcher.layers import resolve
+from launcher.model import KitError, UsageError
+from launcher.process import Completed
+from launcher.rundir import Outputs
+from launcher.slurm import Slurm
+from tests.conftest import REPOSITORY, golden
+
+CONFIG = """
+[model]
+name = "llama3"
+[training]
+steps = 7
+[comm]
+init_timeout_seconds = 300
+train_timeout_seconds = 100
+[fault_tolerance]
+process_group_timeout_ms = 30000
+"""
+URL = "http://127.0.0.1:29510"
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "a config $(x).toml"
+    path.write_text(CONFIG)
+    return path
+
+
+class Sbatch:
+    """Refuses what it does not know."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
+        self.calls: list[list[str]] = []
+        self.env: dict[str, str] = {}
+
+    def with_env(self, env: Mapping[str, str]) -> Slurm:
+        self.env = dict(env)
+        return Slurm(self)
+
+    def __call__(self, argv: Sequence[str]) -> Completed:
+        self.calls.append(list(argv))
+        if argv[0] == "sbatch":
+            answer = "77\n" if self.code == 0 else ""
+            return Completed(tuple(argv), self.code, answer, "sbatch: error: no such partition")
+        if argv[0] == "scancel":
+            return Completed(tuple(argv), 0, "", "")
+        raise AssertionError(f"not expected: {argv}")
+
+
+def planned(path: Path, tmp_path: Path, **flags: Any) -> submission.Submission:
+    env = {"TFT_OUTPUTS": str(tmp_path / "out"), "TORCHFT_LIGHTHOUSE": URL}
+    said = {"config": str(path), "replicas": 2, **flags}
+    return submission.plan(resolve(said, env, profile="sandbox"), env)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "profile"),
+    [
+        ("sandbox", {"replicas": 2}, "sandbox"),
+        ("h100", {"replicas": 4, "spares": 1, "max_replicas": 8, "name": "an 8B's run"}, "h100"),
+        ("soperator", {"replicas": 3, "flags": ["--job.description", "5 $(x)"]}, "soperator"),
+    ],
+)
+def test_a_dry_run_prints_the_exact_commands(
+    name: str, flags: dict[str, Any], profile: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(CONFIG)
+    env = {"TFT_CONFIG": "configs/run.toml"}
+    found = resolve({**flags, "config": str(path)}, env, profile=profile)
+    lines = submission.plan(found, env).lines()
+    text = "\n".join(lines).replace(str(path), "configs/run.toml") + "\n"
+    golden(Path("tests/unit/golden") / f"submit-{name}.txt", text)
+
+
+def test_the_tasks_get_the_settings_and_the_manifest_says_them(
+    config: Path, tmp_path: Path
+) -> None:
+    fake, told = Sbatch(), list[str]()
+    plan = planned(config, tmp_path, max_replicas=3, flags=["--job.description", "a 'b' $(c)\nd"])
+    run = submission.submit(plan, {"PATH": "x"}, say=told.append, slurm_with=fake.with_env)
+    (call,) = fake.calls
+    assert call[:3] == ["sbatch", "--parsable", "--array=0-1"]
+    assert call[-1] == submission.SCRIPT
+    assert fake.env["TFT_CONFIG"] == str(config)
+    assert fake.env["TORCHFT_LIGHTHOUSE"] == URL
+    assert fake.env["TFT_MAX_REPLICAS"] == "3"
+    assert fake.env["PATH"] == "x"
+    manifest = run.manifest()
+    assert (manifest.group_size, manifest.replicas, manifest.steps) == (3, 2, 7)
+    assert manifest.extra_args == ("--job.description", "a 'b' $(c)\nd")
+    record = json.loads(run.submission.read_text())
+    assert record["sbatch"][-1] == submission.SCRIPT
+    assert stat.S_IMODE(os.stat(run.submission).st_mode) == 0o600
+    assert "tft-77: 2 of 3 replica groups" in submission.next_steps(run, plan)[0]
+
+
+def test_a_refused_job_leaves_nothing(config: Path, tmp_path: Path) -> None:
+    fake = Sbatch(code=1)
+    with pytest.raises(KitError, match="no such partition"):
+        submission.submit(
+            planned(config, tmp_path), {}, say=lambda line: None, slurm_with=fake.with_env
+        )
+    assert Outputs(tmp_path / "out").runs() == []
+
+
+@pytest.mark.parametrize("error", [UsageError("it serves run tft-5"), KeyboardInterrupt()])
+def test_what_was_done_is_undone_when_a_later_step_fails(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def refuse(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(lighthouse.LighthouseDir, "claim", refuse)
+    fake, told = Sbatch(), list[str]()
+    with pytest.raises(type(error)):
+        submission.submit(planned(config, tmp_path), {}, say=told.append, slurm_with=fake.with_env)
+    assert fake.calls[-1] == ["scancel", "77"]
+    assert told == ["job 77 is cancelled again"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"replicas": None}, "say how many replica groups"),
+        ({"max_replicas": 1}, "--max-replicas 1 is less than --replicas 2"),
+        ({"config": "/no/where.toml"}, "config file /no/where.toml does not exist"),
+        (
+            {"flags": ["--fault_tolerance.replica_id=3"]},
+            "must not set --fault_tolerance.replica_id",
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_submitted(
+    config: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        planned(config, tmp_path, **change)
+
+
+def test_only_the_repositorys_root_will_do(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = resolve({"config": str(config), "replicas": 1}, {})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is not the root of the repository"):
+        submission.plan(found, {})
+
+
+def indices(replicas: int, most: int, spares: int) -> str:
+    return submission._indices(replicas, most, spares)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "array"),
+    [((1, 1, 0), "0"), ((4, 4, 0), "0-3"), ((4, 4, 2), "0-5"), ((2, 4, 1), "0-1,4")],
+)
+def test_spares_come_after_every_replica_group_that_there_can_be(
+    arguments: tuple[int, int, int], array: str
+) -> None:
+    assert indices(*arguments) == array
