@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
+
+
+def _numbers() -> tuple[signal.Signals, ...]:
+    """Signals that end a command; none in a thread, to which Python brings no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return ()
+    return (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -16,8 +24,7 @@ def stop_on_signals() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.signal(number, interrupt) for number in numbers}
+    previous = {number: signal.signal(number, interrupt) for number in _numbers()}
     try:
         yield
     finally:
@@ -28,8 +35,7 @@ def stop_on_signals() -> Iterator[None]:
 @contextlib.contextmanager
 def signals_ignored() -> Iterator[None]:
     """A second Ctrl-C must not cut the clean-up short."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in _numbers()}
     try:
         yield
     finally:

@@ -32,7 +32,11 @@ tft_keep_logs() {
         [ -f "$target" ] || continue # not a file: a terminal, a pipe, /dev/null
         [ "$target" -ef "$folder/$name.$stream" ] && continue
         if [ -e "$folder/$name.$stream" ]; then
-            [ "$stream" = out ] && exec >>"$folder/$name.out" || exec 2>>"$folder/$name.$stream"
+            if [ "$stream" = out ]; then
+                exec >>"$folder/$name.out"
+            else
+                exec 2>>"$folder/$name.err"
+            fi
             continue
         fi
         ln "$target" "$folder/$name.$stream" 2>/dev/null ||

@@ -370,7 +370,7 @@ def watch(run: RunDir, state: RunState, jobs: list[Job], waiting: Waiting) -> Wa
 
 
 def test_each_thing_is_done_once_also_by_the_next_guardian(run: RunDir, fake_run: FakeRun) -> None:
-    fake_run.on("scontrol", "update", "JobId=5188040_1", "StartTime=now")
+    fake_run.on("scontrol", "update", "JobId=60_1", "StartTime=now")
     state, now = training(), time.time()
     waiting = Waiting(since=now - 60, requested={1})
     state.groups[0].last_commit = state.quorum_since = now - 100

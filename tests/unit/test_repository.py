@@ -85,6 +85,7 @@ ORDER = [
     "interrupts",
     "submission",
     "runs",
+    "jobs",
     "packages",
     "dashboard",
     "namespaces",
@@ -142,6 +143,7 @@ def imports(path: Path) -> set[str]:
 def test_imports_go_one_way() -> None:
     modules = {path.stem: path for path in LAUNCHER.glob("*.py")}
     assert set(modules) == set(ORDER), "ORDER must name every module of the control plane"
+    del modules["__init__"]  # the package's face: it gives what stands behind, when asked
     for name, path in modules.items():
         later = {other for other in imports(path) if ORDER.index(other) >= ORDER.index(name)}
         assert not later, f"{name} imports {later}, which stand after it"
