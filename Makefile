@@ -11,9 +11,10 @@ BIN := .env/bin
 
 setup: .env/.installed
 
-.env/.installed: requirements.txt
+.env/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .env || { apt-get update -q && apt-get install -y -q python3-venv && $(PYTHON) -m venv .env; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 .env/.installed-for-tests: .env/.installed tests/requirements.txt

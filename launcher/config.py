@@ -88,7 +88,7 @@ VARIABLES = (
     Variable(
         name="TFT_LIGHTHOUSE_BIND",
         default="",
-        meaning="address that the lighthouse listens on; default: every interface",
+        meaning="address that the lighthouse listens on; default: the published one where that is a private one of its machine, else every interface",
     ),
     Variable(
         name="TFT_WEIGHT_HASH_EVERY",

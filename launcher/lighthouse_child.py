@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import re
 import socket
 import subprocess
@@ -69,6 +70,20 @@ class LighthouseSettings:
             f"--join_timeout_ms={self.join_timeout_ms}",
             f"--quorum_tick_ms={self.quorum_tick_ms}",
         ]
+
+
+def own_address(host: str) -> str:
+    """The address of ``host`` on the cluster's network, when it is this machine's: a private one.
+    Empty otherwise: the nodes may know the name by another address, so everywhere is listened."""
+    with contextlib.suppress(OSError, ValueError):
+        for family, _, _, _, where in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+            address = ipaddress.ip_address(str(where[0]))
+            if not address.is_private or address.is_loopback or address.is_link_local:
+                continue
+            with contextlib.suppress(OSError), socket.socket(family) as probe:
+                probe.bind((str(address), 0))
+                return str(address)
+    return ""
 
 
 def _bracketed(host: str) -> str:

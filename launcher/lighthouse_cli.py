@@ -50,7 +50,9 @@ def lighthouse_up(
     bind: Annotated[
         str,
         typer.Option(
-            envvar="TFT_LIGHTHOUSE_BIND", help="Address to listen on; default: every interface."
+            envvar="TFT_LIGHTHOUSE_BIND",
+            help="Address to listen on; default: --host's where that is a private one of this "
+            "machine, else every interface.",
         ),
     ] = "",
     min_replicas: Annotated[
@@ -95,7 +97,7 @@ def lighthouse_up(
     """Start the lighthouse and publish its address; Ctrl-C or `down` ends it."""
     import socket
 
-    from launcher.lighthouse_child import LighthouseSettings
+    from launcher.lighthouse_child import LighthouseSettings, own_address
     from launcher.rundir import Outputs
     from launcher.slurm import Slurm
     from launcher.supervisor import Supervisor, start_detached
@@ -108,10 +110,11 @@ def lighthouse_up(
         bind = host  # nobody but this machine is meant to reach it
     if with_run and not act:
         raise UsageError("--with-run needs the guardian, which knows when a run is over")
+    host_name = host or socket.gethostname()
     settings = LighthouseSettings(
-        host=host or socket.gethostname(),
+        host=host_name,
         port=port,
-        bind=bind,
+        bind=bind or own_address(host_name),
         min_replicas=min_replicas,
         heartbeat_timeout_ms=heartbeat_timeout_ms or chosen.heartbeat_timeout_ms,
         join_timeout_ms=join_timeout_ms or chosen.join_timeout_ms,

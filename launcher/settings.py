@@ -99,7 +99,7 @@ SETTINGS = (
             default="this machine's host name",
             meaning="address of this machine that the nodes can reach"),
     Setting(key="lighthouse_bind", kind="name", variable="TFT_LIGHTHOUSE_BIND",
-            default="every interface", meaning="address that the lighthouse listens on"),
+            default="lighthouse_host, if private", meaning="address that the lighthouse listens on"),
     Setting(key="lighthouse_ports", kind="ports", default="29510-29699",
             meaning="ports for lighthouses, nine for each"),
     Setting(key="timeouts", kind="timeouts", variable="TFT_TIMEOUTS",
