@@ -146,14 +146,36 @@ def scale(
     if not any(job.live for job in jobs):
         raise UsageError(f"{run.name} has ended: nothing of it is in the queue")
     before = _size(run, manifest)
-    if replicas == before:
-        say(f"{run.name} has {replicas} replica groups")
-        return
-    _note(run, replicas)
-    if replicas > before:
-        _grow(run, manifest, before, replicas, jobs, env, slurm_with, say)
-    else:
-        _shrink(run, before, replicas, slurm, say)
+    if replicas != before:
+        _note(run, replicas)
+    with Watcher.of_run(run, slurm) as watcher:
+        watcher.look(final=True)
+        missing, surplus = _differences(watcher, replicas, jobs)
+        if missing:
+            try:
+                _grow(run, manifest, missing, env, slurm_with, say)
+            except KitError:
+                if replicas != before:
+                    _note(run, before)
+                raise
+        if surplus:
+            _shrink(run, watcher, surplus, replicas, slurm, say)
+    if not missing and not surplus:
+        say(f"{run.name} has {replicas} replica groups, or their tasks are in the queue")
+
+
+def _differences(watcher: Watcher, replicas: int, jobs: list[Job]) -> tuple[list[int], list[int]]:
+    """Replica groups that have no task and should have one, and those that should have none."""
+    state = watcher.state
+    queued = {job.task for job in jobs if job.live and job.state != "COMPLETING"}
+
+    def there(replica: int) -> bool:
+        group = state.groups.get(replica)
+        task = replica if group is None else group.task_index
+        return task in queued or replica in state.members
+
+    missing = [replica for replica in range(replicas) if not there(replica)]
+    return missing, [r for r in sorted(state.groups) if r >= replicas and there(r)]
 
 
 def _size(run: RunDir, manifest: Manifest) -> int:
@@ -180,18 +202,11 @@ def _note(run: RunDir, replicas: int) -> None:
 def _grow(
     run: RunDir,
     manifest: Manifest,
-    before: int,
-    replicas: int,
-    jobs: list[Job],
+    missing: list[int],
     env: Mapping[str, str],
     slurm_with: Callable[[Mapping[str, str]], Slurm],
     say: Callable[[str], None],
 ) -> None:
-    there = {job.task for job in jobs if job.live and job.state != "COMPLETING"}
-    missing = [index for index in range(before, replicas) if index not in there]
-    if not missing:
-        say(f"{run.name}: tasks for all {replicas} replica groups are in the queue already")
-        return
     flags, handed = _record(run, manifest)
     flags = [f for f in flags if not f.startswith(("--array=", "--dependency="))]
     logs = str(run.path / run.name).replace("%", "%%")
@@ -201,11 +216,7 @@ def _grow(
     handed = {**handed, "TFT_RUN": run.name}
     handed.pop("TORCHFT_LIGHTHOUSE", None)  # the run's own, wherever it is now
     base = {key: value for key, value in env.items() if key != "TORCHFT_LIGHTHOUSE"}
-    try:
-        array = slurm_with({**base, **handed}).submit(flags, SCRIPT)
-    except KitError:
-        _note(run, before)
-        raise
+    array = slurm_with({**base, **handed}).submit(flags, SCRIPT)
     run.join(array)
     say(f"{run.name}: job {array} brings replicas {', '.join(map(str, missing))}")
 
@@ -232,39 +243,36 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _shrink(
-    run: RunDir, before: int, replicas: int, slurm: Slurm, say: Callable[[str], None]
+    run: RunDir,
+    watcher: Watcher,
+    surplus: list[int],
+    replicas: int,
+    slurm: Slurm,
+    say: Callable[[str], None],
 ) -> None:
-    """Tell the highest groups to leave; those that do not in time are cancelled."""
-    with Watcher.of_run(run, slurm) as watcher:
-        watcher.look(final=True)
-        leaving = set(range(replicas, before))
-        told: set[int] = set()
-        deadline = time.monotonic() + LEAVE_SECONDS
-        while leaving and time.monotonic() < deadline:
-            for replica in sorted(leaving - told):
-                group = watcher.state.groups[replica]
-                if replica not in watcher.state.members or group.ended:
-                    continue
-                orders.give(
-                    run.orders, "leave", replica=replica, attempt=group.attempt,
-                    why=f"the run is scaled to {replicas}",
-                )  # fmt: skip
-                told.add(replica)
-            time.sleep(LOOK_EVERY)
-            watcher.look()
-            state = watcher.state
-            for replica in sorted(leaving):
-                group = state.groups[replica]
-                if group.ended and group.ended_ok and replica in told:
+    """Tell replica groups to leave; those that do not in time are cancelled."""
+    state, leaving, told = watcher.state, set(surplus), set[int]()
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while leaving and time.monotonic() < deadline:
+        for replica in sorted(leaving):
+            group = state.groups[replica]
+            if replica in told:
+                if group.ended and group.ended_ok:
                     say(f"replica {replica} left at step {group.step}")
                     leaving.discard(replica)
-                elif replica not in state.members and replica not in told:
-                    leaving.discard(replica)  # it was not there: its task is all there is
-                    _end(run, group.task_index, slurm)
-                    say(f"replica {replica} was not training; its task is cancelled")
-        for replica in sorted(leaving):
-            _end(run, watcher.state.groups[replica].task_index, slurm)
-            say(f"replica {replica} did not leave in {LEAVE_SECONDS:g} s; its task is cancelled")
+            elif replica not in state.members or group.ended:
+                _end(run, group.task_index, slurm)
+                say(f"replica {replica} was not training; its task is cancelled")
+                leaving.discard(replica)
+            else:
+                why = f"the run is scaled to {replicas}"
+                orders.give(run.orders, "leave", replica=replica, attempt=group.attempt, why=why)
+                told.add(replica)
+        time.sleep(LOOK_EVERY)
+        watcher.look()
+    for replica in sorted(leaving):
+        _end(run, state.groups[replica].task_index, slurm)
+        say(f"replica {replica} did not leave in {LEAVE_SECONDS:g} s; its task is cancelled")
 
 
 def _end(run: RunDir, task: int, slurm: Slurm) -> None:

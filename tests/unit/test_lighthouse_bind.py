@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from launcher import lighthouse_child
 from launcher.lighthouse_child import LighthouseSettings, own_address
 
 
@@ -25,7 +24,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, *addresses: str, ours: tuple[str, .
             if where[0] not in ours:
                 raise OSError("not ours")
 
-    monkeypatch.setattr(lighthouse_child.socket, "socket", Probe)
+    monkeypatch.setattr("socket.socket", Probe)
 
 
 @pytest.mark.parametrize(

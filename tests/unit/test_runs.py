@@ -125,6 +125,21 @@ def test_groups_that_are_not_there_are_taken_out_of_the_queue(
     assert told == ["replica 1 was not training; its task is cancelled"]
 
 
+def test_the_same_size_again_brings_back_what_is_missing(
+    elastic: RunDir, fake_run: FakeRun
+) -> None:
+    fake_run.on("squeue", out=tasks("RUNNING", "CANCELLED"))
+    fake_run.on("sbatch", out="61\n")
+    told = list[str]()
+    runs.scale(elastic, 2, Slurm(fake_run), {}, say=told.append, slurm_with=Remembering(fake_run))
+    assert told == ["tft-50: job 61 brings replicas 1"]
+    assert not elastic.guardian_events.exists(), "its size is the same"
+    joined = "61|61|1|RUNNING|worker-1|N/A|None\n"
+    fake_run.on("squeue", out=tasks("RUNNING", "CANCELLED") + joined)
+    runs.scale(elastic, 2, Slurm(fake_run), {}, say=told.append)
+    assert "has 2 replica groups" in told[-1]
+
+
 def test_every_job_of_a_run_is_cancelled(elastic: RunDir, fake_run: FakeRun) -> None:
     elastic.join(61)
     live = tasks("RUNNING", "RUNNING") + "61|61|2|RUNNING|worker-2|N/A|None\n"
