@@ -45,7 +45,8 @@ class Server(ParameterServer):
         return ProcessGroupNCCL() if DEVICE.type == "cuda" else ProcessGroupGloo()
 
     def forward(self, session_id: str, pg: ProcessGroup) -> None:
-        """One worker, in a thread of its own, until there is nothing left to do."""
+        """One worker, in a thread of its own, until there is nothing left to do. (After it torchft's
+        HTTP handler says ``I/O operation on closed file``, which means nothing.)"""
         with self.changed:
             self.sessions += 1
         try:
@@ -54,6 +55,8 @@ class Server(ParameterServer):
         except Exception as error:
             print(f"lost a worker: {error!s:.90}")
             self.lost += 1
+        # Freed here, in its own thread: while Python ends it would take the server down.
+        pg.abort(errored=False)
         with self.changed:
             self.sessions -= 1
             self.changed.notify_all()

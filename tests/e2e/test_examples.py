@@ -133,33 +133,29 @@ def test_arguments_reach_a_script_unchanged(
     assert "replica 0 (attempt 1) finished" in told
 
 
+def example(log: Path, *words: str) -> subprocess.Popen[bytes]:
+    """The parameter server's example, with its output in ``log``."""
+    script = REPOSITORY / "examples" / "parameter_server.py"
+    with log.open("wb") as file:
+        argv = [sys.executable, "-u", str(script), *words]
+        return subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT)
+
+
 @pytest.mark.torch
 @pytest.mark.timeout(120)
 def test_a_parameter_server_outlives_its_workers(tmp_path: Path) -> None:
-    example = [sys.executable, "-u", str(REPOSITORY / "examples" / "parameter_server.py")]
-    server_log = tmp_path / "server.log"
-    with server_log.open("w") as log:
-        argv = [*example, "serve", "--port", "0", "--updates", "400"]
-        server = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT)
-    workers: list[subprocess.Popen[str]] = []
+    log, logs = tmp_path / "server", [tmp_path / "0", tmp_path / "1"]
+    address = re.compile(r"^serving at (\S+)$", re.M)
+    started = [example(log, "serve", "--port", "0", "--updates", "400")]
     try:
-        address = re.compile(r"^serving at (\S+)", re.M)
-        eventually(lambda: address.search(server_log.read_text()), 60, "it serves")
-        (url,) = address.findall(server_log.read_text())
-        for _ in range(2):
-            argv = [*example, "work", url]
-            workers.append(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True))
-        assert workers[0].stdout is not None
-        workers[0].stdout.readline()  # at its hundredth step
-        workers[0].kill()
-        out, _ = workers[1].communicate(timeout=60)
-        assert re.search(r"^done after \d+ steps", out, re.M)
-        assert (workers[1].returncode, server.wait(60)) == (0, 0)
-        assert "done: 400 updates, 1 workers lost" in server_log.read_text()
+        eventually(lambda: address.search(log.read_text()), 60, "it serves")
+        started += [example(path, "work", *address.findall(log.read_text())) for path in logs]
+        eventually(lambda: "step 100 " in logs[0].read_text(), 60, "a worker works")
+        started[1].kill()
+        assert [started[2].wait(60), started[0].wait(60)] == [0, 0]
     finally:
-        for process in (server, *workers):
+        for process in started:
             process.kill()
             process.wait()
-        for worker in workers:
-            assert worker.stdout is not None
-            worker.stdout.close()
+    assert re.search(r"^done after \d+ steps", logs[1].read_text(), re.M)
+    assert "done: 400 updates, 1 workers lost" in log.read_text()

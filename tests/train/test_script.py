@@ -148,7 +148,6 @@ def test_ranks_wait_with_what_is_installed_imported_and_nothing_of_the_scripts_o
         """,
         TFT_STANDBY=str(tmp_path / "assignment.json"),
     )
-    (tmp_path / "packages").mkdir()
     assignment, out = tmp_path / "assignment.json", tmp_path / "out.json"
     assignment.touch()
     # Changed while they wait: it is what was imported before that counts.
@@ -163,24 +162,22 @@ def test_ranks_wait_with_what_is_installed_imported_and_nothing_of_the_scripts_o
         "script.main()"
     )
     del group.env["REPLICA_GROUP_ID"]
-    waiting = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,
         env=group.env | {"RANK": "0"},
         stdout=subprocess.PIPE,
         text=True,
-    )
-    try:
-        assert waiting.stdout is not None
-        assert waiting.stdout.readline() == "['psutil']\n"
-        news = {"REPLICA_GROUP_ID": "1", "TFT_STACKS": str(tmp_path)}
-        flags = script_flags(str(group.script), [str(out)])
-        assignment.write_text(json.dumps({"flags": flags, "env": news}))
-        assert waiting.wait(timeout=30) == 0
-    finally:
-        waiting.kill()
-        waiting.wait()
-        waiting.stdout.close()
+    ) as waiting:
+        try:
+            assert waiting.stdout is not None
+            assert waiting.stdout.readline() == "['psutil']\n"
+            news = {"REPLICA_GROUP_ID": "1", "TFT_STACKS": str(tmp_path)}
+            flags = script_flags(str(group.script), [str(out)])
+            assignment.write_text(json.dumps({"flags": flags, "env": news}))
+            assert waiting.wait(timeout=30) == 0
+        finally:
+            waiting.kill()
     assert json.loads(out.read_text()) == [True, "mine", "1", True]
     assert [(event["kind"], event["replica"]) for event in group.events()] == [
         ("start", 1),
