@@ -20,7 +20,10 @@ from launcher.train import rank
 def load(waits: bool) -> None:
     from launcher.train import device
 
-    device.require(os.environ.get("TFT_DEVICE", "cuda"))
+    kind = os.environ.get("TFT_DEVICE", "cuda")
+    device.require(kind)
+    if kind == "cpu":  # scripts take a GPU where they see one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     import launcher.train.manager  # noqa: F401
 

@@ -140,8 +140,9 @@ def test_ranks_wait_with_what_is_installed_imported_and_nothing_of_the_scripts_o
     group = Group(
         tmp_path,
         """
-        import json, sys
+        import json, os, sys
         import psutil, yaml, beside
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
         from signal import pause
         with open(sys.argv[1], "w") as file:
             json.dump([psutil.here, yaml.of, beside.group, __file__ == sys.argv[0]], file)
