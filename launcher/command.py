@@ -14,6 +14,9 @@ from typing import Any
 
 from launcher.environment import wandb_switch
 
+#: Modules that a rank runs: torchtitan's trainer, or a script of the user's own.
+TRAINER, SCRIPT = "launcher.train", "launcher.train.script"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Torchrun:
@@ -27,8 +30,10 @@ class Torchrun:
     node_rank: int = 0
     master: str = ""
     """``host:port`` of the first node, for a job of several."""
+    entry: str = TRAINER
+    """Module that every rank runs."""
 
-    def argv(self, trainer: Sequence[str]) -> list[str]:
+    def argv(self, flags: Sequence[str]) -> list[str]:
         if self.nodes == 1:
             meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
         else:
@@ -51,9 +56,16 @@ class Torchrun:
             *(["--local-ranks-filter=0", "--tee=3"] if self.node_rank == 0 else ["--redirects=3"]),
             f"--log-dir={self.log_dir}",
             "-m",
-            "launcher.train",
-            *trainer,
+            self.entry,
+            # torchrun puts these through ``string.Template``, for its ``${local_rank}``.
+            *(flag.replace("$", "$$") for flag in flags),
         ]
+
+
+def script_flags(script: str, arguments: Sequence[str]) -> list[str]:
+    """What ``SCRIPT`` gets: behind ``--``, or torchrun would ask what its own flags a script's
+    ``--n`` is short for."""
+    return ["--", script, *arguments]
 
 
 def trainer_flags(config: Path | str, dump_folder: Path, extra: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ printed, and its length is bounded. Escaping is for whoever writes a format.
 from __future__ import annotations
 
 import datetime
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -228,10 +229,12 @@ def _status(state: RunState) -> str:
 
 def _facts(manifest: Manifest, state: RunState, start: float, end: float) -> list[tuple[str, str]]:
     total = f" of {state.steps:,}" if state.steps is not None else ""
-    flags = " ".join(manifest.extra_args)
+    what = " ".join([manifest.config, *manifest.extra_args])
+    if manifest.script:
+        what = shlex.join([manifest.script, *manifest.script_args])
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     facts = [
-        ("Configuration", manifest.config + (f" {flags}" if flags else "")),
+        ("Script" if manifest.script else "Configuration", what),
         (
             "Replica groups",
             f"{manifest.group_size}, of {plural(manifest.ranks_per_group, 'rank')} each",

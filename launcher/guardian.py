@@ -34,6 +34,8 @@ AGAIN = {
 COMPLAIN_EVERY = 60.0
 #: torchtitan's own default for a collective between replica groups.
 UPSTREAM_COLLECTIVE_SECONDS = 10.0
+#: torchft's own, of a process group in a script.
+SCRIPT_COLLECTIVE_SECONDS = 60.0
 #: Actions in words.
 WORDS = {
     "release": "is released",
@@ -118,7 +120,8 @@ class Guardian:
             try:
                 self._collective = float(value) / 1000
             except (TypeError, ValueError):
-                self._collective = UPSTREAM_COLLECTIVE_SECONDS
+                own_script = SCRIPT_COLLECTIVE_SECONDS
+                self._collective = own_script if manifest.script else UPSTREAM_COLLECTIVE_SECONDS
         return self._collective
 
     def _do(self, action: Action, jobs: Sequence[Job]) -> None:

@@ -22,8 +22,9 @@ from launcher.state import RunState
 MARK = ".tft-sandbox"
 #: Partition of a sandbox whose jobs preempt.
 SANDBOX_PARTITION = "urgent"
-#: Name of replica groups in the quorum, which torchtitan gives them.
-MEMBER = "torchtitan_ft_{replica}:{uuid}"
+#: Name of replica groups in the quorum, which torchtitan gives them, or in a script this kit
+#: (``launcher/train/manager.py``).
+MEMBER, SCRIPT_MEMBER = "torchtitan_ft_{replica}:{uuid}", "replica_{replica}:{uuid}"
 #: Seconds that a command in the background gets to undo what it did.
 END_SECONDS = 10.0
 #: Seconds that a task gets to end (`KillWait` and an epilog).
@@ -192,7 +193,9 @@ def aim(
         node=group.host,
         replica=chosen,
         pids=tuple(pids[number] for number in sorted(pids)),
-        member=MEMBER.format(replica=chosen, uuid=state.members.get(chosen, "")),
+        member=(SCRIPT_MEMBER if manifest.script else MEMBER).format(
+            replica=chosen, uuid=state.members.get(chosen, "")
+        ),
         at_node=at_node,
         python=sys.executable,
         lighthouse=_lighthouse_url(run_dir, manifest),

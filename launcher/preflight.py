@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import tomllib
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ def check(site: Site) -> Training:
     Raises:
         UsageError: something is missing; says what, where and how to mend it.
     """
-    _check_packages()
+    _check_packages(*_NEEDED)
     settings = _load(site.config)
     tokenizer = setting(settings, site.extra_args, "model", "hf_assets_path")
     if tokenizer is not None:
@@ -43,6 +44,35 @@ def check(site: Site) -> Training:
     _check_timeouts(settings, site)
     steps = setting(settings, site.extra_args, "training", "steps")
     return Training(settings=settings, steps=_whole(steps, "training.steps"))
+
+
+def check_script(site: Site, script: str) -> Training:
+    """Check what a script of the user's own needs on this node.
+
+    Raises:
+        UsageError: something is missing; names every problem at once.
+    """
+    problems = []
+    try:
+        ast.parse(Path(script).read_bytes(), script)
+    except OSError as error:
+        problems.append(
+            f"the script {script!r} cannot be read here ({error.strerror}, from {Path.cwd()}): give "
+            "its path from the root of the repository, or an absolute one, on the shared file system"
+        )
+    except (SyntaxError, ValueError) as error:
+        problems.append(f"the script {script!r} is not Python: {error}")
+    if site.extra_args:
+        problems.append(
+            "TFT_EXTRA_ARGS is for torchtitan: unset it, and give a script its flags after its name"
+        )
+    try:
+        _check_packages("torch", "torchft")
+    except UsageError as error:
+        problems.append(str(error))
+    if problems:
+        raise UsageError("; ".join(problems))
+    return Training(settings={}, steps=None)
 
 
 def setting(settings: dict[str, Any], extra: Sequence[str], section: str, key: str) -> Any:
@@ -60,8 +90,8 @@ def setting(settings: dict[str, Any], extra: Sequence[str], section: str, key: s
     return part.get(key) if isinstance(part, dict) else None
 
 
-def _check_packages() -> None:
-    missing = [pip for module, pip in _NEEDED.items() if importlib.util.find_spec(module) is None]
+def _check_packages(*modules: str) -> None:
+    missing = [_NEEDED[name] for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
             f"this environment lacks {', '.join(missing)}: run `make setup`, or point TFT_ENV at "

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from launcher import lighthouse, preflight
-from launcher.command import Torchrun, replica_flags, wandb_flags
+from launcher.command import SCRIPT, TRAINER, Torchrun, replica_flags, script_flags, wandb_flags
 from launcher.config import Site
 from launcher.environment import Task
 from launcher.keeper import Keeper
@@ -23,24 +24,30 @@ from launcher.slurm import Slurm
 
 _ARRAY = ("JOB_ID", "TASK_ID", "TASK_COUNT", "TASK_MIN", "TASK_MAX")
 _PACKAGES = ("torch", "torchft-nightly", "torchtitan")
+#: Job script of the groups that torchtitan trains.
+TORCHTITAN_JOB = "llama3.1-8b-pretraining-torchft.sh"
 #: Seconds that a lighthouse may be away while a replica group starts (a restart of it).
 LIGHTHOUSE_PATIENCE = 3.0
 
 
-def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
+def run_replica(env: Mapping[str, str], slurm: Slurm, script: Sequence[str] = ()) -> int:
     """Run the replica group that Slurm started us for; returns the task's exit code.
+
+    Args:
+        script: the user's own training script and its arguments; empty: torchtitan trains.
 
     Raises:
         KitError: what is needed is missing; nothing was started.
     """
     site = Site.from_environment(env)
-    array_id, task, count = _array_task(env, any_index=bool(site.run or site.max_replicas))
+    job = "slurm/replica-group.sbatch my_train.py" if script else TORCHTITAN_JOB
+    array_id, task, count = _array_task(env, job, any_index=bool(site.run or site.max_replicas))
     if site.spares >= count and not site.run:
         raise UsageError(
             f"TFT_SPARES={site.spares} of {count} array tasks leaves no replica group: submit "
             "--array=0-N with one task for each group and one for each spare"
         )
-    training = preflight.check(site)
+    training = preflight.check_script(site, script[0]) if script else preflight.check(site)
     outputs = Outputs(site.outputs.absolute())
     run = outputs.find(site.run) if site.run else outputs.run_of_array(array_id)
     by_hand = site.lighthouse
@@ -61,7 +68,16 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
             raise
     user = env.get("SLURM_JOB_USER", "")
     manifest = run.create(
-        manifest_of(site, training, run, url, folder, replicas=count - site.spares, user=user)
+        manifest_of(
+            site,
+            training,
+            run,
+            url,
+            folder,
+            replicas=count - site.spares,
+            user=user,
+            script=script,
+        )
     )
     if task.index >= manifest.group_size + manifest.spares:
         raise UsageError(
@@ -95,6 +111,7 @@ def manifest_of(
     *,
     replicas: int,
     user: str,
+    script: Sequence[str] = (),
 ) -> Manifest:
     """What is fixed for the whole life of a run, as whoever comes first writes it."""
     return Manifest(
@@ -104,8 +121,10 @@ def manifest_of(
         replicas=replicas,
         spares=site.spares,
         ranks_per_group=site.ranks_per_node,
-        config=str(site.config),
+        config="" if script else str(site.config),
         extra_args=site.extra_args,
+        script=script[0] if script else "",
+        script_args=tuple(script[1:]),
         lighthouse=url,
         lighthouse_name=folder.path.name,
         steps=training.steps,
@@ -117,7 +136,9 @@ def manifest_of(
 
 
 def _flags(env: Mapping[str, str], manifest: Manifest, run: RunDir, task: Task) -> list[str]:
-    """The trainer's flags for one attempt of a replica group."""
+    """The trainer's flags for one attempt of a replica group, or the script's."""
+    if manifest.script:
+        return script_flags(manifest.script, manifest.script_args)
     return replica_flags(
         manifest.config,
         run.path,
@@ -130,21 +151,28 @@ def _flags(env: Mapping[str, str], manifest: Manifest, run: RunDir, task: Task) 
 def _argv(site: Site, manifest: Manifest, folder: Path, flags: list[str]) -> list[str]:
     """Command of one node's ranks, whose output is kept in ``folder``."""
     torchrun = Torchrun(
-        ranks_per_node=manifest.ranks_per_group, log_dir=folder, node_address=site.node_address
+        ranks_per_node=manifest.ranks_per_group,
+        log_dir=folder,
+        node_address=site.node_address,
+        entry=SCRIPT if manifest.script else TRAINER,
     )
+    if manifest.script:  # known before it is known which group these ranks are to be
+        flags = script_flags(manifest.script, manifest.script_args)
     return torchrun.argv(flags)
 
 
-def _array_task(env: Mapping[str, str], *, any_index: bool) -> tuple[int, Task, int]:
+def _array_task(env: Mapping[str, str], job: str, *, any_index: bool) -> tuple[int, Task, int]:
     """Array job id, task and number of tasks from Slurm's variables.
+
+    Args:
+        job: the job script and its arguments, for the remedy in an error.
 
     Raises:
         UsageError: not in an array, or an array whose indices are not 0 to N-1.
     """
     if any(f"SLURM_ARRAY_{name}" not in env for name in _ARRAY):
         raise UsageError(
-            "not in a Slurm array: submit with `sbatch --array=0-3 llama3.1-8b-pretraining-torchft.sh` "
-            "for four replica groups"
+            f"not in a Slurm array: submit with `sbatch --array=0-3 {job}` for four replica groups"
         )
     if int(env.get("SLURM_JOB_NUM_NODES", "1")) != 1:
         raise UsageError(
@@ -168,4 +196,9 @@ def _array_task(env: Mapping[str, str], *, any_index: bool) -> tuple[int, Task, 
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+    """Of what is installed: a script may need no torchtitan."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

@@ -47,8 +47,11 @@ class Manifest:
     spares: int = 0
     """Further array tasks that stand ready to take a lost group's place."""
     config: str
-    """Path of the torchtitan config file, as given."""
+    """Path of the torchtitan config file, as given; empty for a script."""
     extra_args: tuple[str, ...] = ()
+    script: str = ""
+    """Path of the user's own training script, as given; empty: torchtitan trains."""
+    script_args: tuple[str, ...] = ()
     lighthouse: str = ""
     """URL of its lighthouse when it started; it may have moved since."""
     lighthouse_name: str = ""
@@ -202,7 +205,8 @@ class RunDir:
         known = {f.name for f in fields(Manifest)}
         try:
             values = {key: value for key, value in raw.items() if key in known}
-            values["extra_args"] = tuple(values.get("extra_args", ()))
+            for name in ("extra_args", "script_args"):
+                values[name] = tuple(values.get(name, ()))
             values["created"] = float(values.get("created", 0.0))
             return Manifest(**values)
         except (TypeError, ValueError, AttributeError) as error:

@@ -339,9 +339,11 @@ class RunState(Outages):
             )
 
     def _end(self, group: Group, event: Event) -> Iterable[Notice]:
-        # Said by every rank when training is over or has failed. At the last step, leaving
-        # the quorum is no loss any more; the exit code has the last word.
-        if self.steps is not None and int(event.get("titan_step") or 0) >= self.steps:
+        # Said by every rank when training is over or has failed. At the last step (a script says
+        # so by its exit code), leaving the quorum is no loss any more; the exit code of the attempt
+        # has the last word.
+        last = self.steps is not None and int(event.get("titan_step") or 0) >= self.steps
+        if last or event.get("code") == 0:
             group.ended_ok = True
         return ()
 

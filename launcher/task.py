@@ -1,4 +1,5 @@
-"""Entry of the job scripts: ``python -m launcher.task replica``, or ``classic``.
+"""Entry of the job scripts: ``python -m launcher.task replica``, ``classic``, or
+``script -- my_train.py --its --own flags``.
 
 Beside the command line, not in it: a replica group is away for as long as this takes to start.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from launcher.model import KitError
+from launcher.model import KitError, UsageError
 from launcher.payload import complain
 from launcher.slurm import Slurm
 
@@ -24,6 +25,14 @@ def main(words: list[str]) -> int:
             from launcher.replica import run_replica
 
             return run_replica(os.environ, Slurm())
+        if words[:2] == ["script", "--"]:
+            from launcher.replica import run_replica
+
+            if not words[2:]:
+                raise UsageError(
+                    "no script: submit with `sbatch --array=0-3 slurm/replica-group.sbatch my_train.py`"
+                )
+            return run_replica(os.environ, Slurm(), script=words[2:])
         if words == ["classic"]:
             from launcher.classic import run_classic
 
@@ -34,7 +43,7 @@ def main(words: list[str]) -> int:
     except OSError as error:
         complain(f"error: {error.strerror or error}: {error.filename or 'no file'}")
         return 1
-    complain(f"error: {' '.join(words) or 'nothing'} is neither replica nor classic")
+    complain(f"error: {' '.join(words) or 'nothing'} is none of replica, classic and script")
     return 2
 
 

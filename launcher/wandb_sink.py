@@ -96,6 +96,7 @@ class Controller:
                 "settings": manifest.settings,
                 "extra_args": manifest.extra_args,
                 "config_file": manifest.config,
+                "script": [manifest.script, *manifest.script_args] if manifest.script else None,
                 "versions": manifest.versions,
                 "slurm": {
                     "array_job_id": manifest.array_job_id,

@@ -19,6 +19,17 @@ def prepare(kind: str) -> None:
     """Settle on ``"cuda"`` or ``"cpu"`` before torchtitan is imported.
 
     Raises:
+        DeviceError: as ``require``.
+    """
+    require(kind)
+    if kind == "cpu":
+        _present_cpu_as_accelerator()
+
+
+def require(kind: str) -> None:
+    """Check that ``"cuda"`` or ``"cpu"`` is to be had.
+
+    Raises:
         DeviceError: ``kind`` is neither of the two, or CUDA sees no device. A
             node whose driver is gone must not train on its CPUs in silence.
     """
@@ -28,9 +39,7 @@ def prepare(kind: str) -> None:
                 "no CUDA device is visible on this node (driver, GRES or CUDA_VISIBLE_DEVICES); "
                 "set TFT_DEVICE=cpu to train on CPU on purpose"
             )
-    elif kind == "cpu":
-        _present_cpu_as_accelerator()
-    else:
+    elif kind != "cpu":
         raise DeviceError(f"TFT_DEVICE must be 'cuda' or 'cpu', not {kind!r}")
 
 

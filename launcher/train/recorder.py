@@ -17,6 +17,8 @@ from typing import Any
 
 #: Fields that torchft puts on its records through ``extra``.
 _TORCHFT_FIELDS = ("quorum_id", "step", "commit_result", "error", "uuid")
+#: Loggers to which torchft writes those.
+TORCHFT_LOGGERS = ("torchft_errors", "torchft_quorums", "torchft_commits")
 
 
 class Recorder:
@@ -68,9 +70,11 @@ class Recorder:
             names |= {"torchft_quorums": "quorum", "torchft_commits": "commit"}
         for name, kind in names.items():
             logging.getLogger(name).addHandler(_TorchftHandler(self, kind))
-        for name in ("torchft_errors", "torchft_quorums", "torchft_commits"):
-            # Their message is empty: in the text log they are blank lines.
+        for name in TORCHFT_LOGGERS:
+            # Their message is empty: in the text log they are blank lines. Their level is the
+            # root logger's otherwise, and a script may have left that at WARNING.
             logging.getLogger(name).propagate = False
+            logging.getLogger(name).setLevel(logging.INFO)
 
 
 class _TorchftHandler(logging.Handler):

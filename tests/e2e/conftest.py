@@ -58,7 +58,7 @@ class Workspace:
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     root = tmp_path_factory.mktemp("clone")
-    for name in ("launcher", "configs"):
+    for name in ("launcher", "configs", "examples"):
         (root / name).symlink_to(REPOSITORY / name)
     shutil.copytree(REPOSITORY / "slurm", root / "slurm")  # a test adds a script of its own
     for script in REPOSITORY.glob("*.sh"):

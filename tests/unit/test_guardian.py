@@ -35,6 +35,7 @@ from launcher.state import RunState
 from launcher.timeouts import HANG_SECONDS
 from launcher.watcher import Watcher
 from tests.conftest import FIXTURES, FakeRun
+from tests.unit.conftest import MANIFEST
 
 
 def job(task: int, state: str, reason: str = "None") -> Job:
@@ -411,3 +412,11 @@ def test_a_refusing_slurm_is_told_of_once(run: RunDir, fake_run: FakeRun) -> Non
         guardian._done.clear()
         assert not guardian.tend(watcher)
     assert not run.guardian_events.exists()
+
+
+def test_a_collective_of_a_script_has_torchfts_time(tmp_path: Path, fake_run: FakeRun) -> None:
+    for script, seconds in (("", 10.0), ("my_train.py", 60.0)):
+        run = Outputs(tmp_path / script).run_of_array(50)
+        run.create(replace(MANIFEST, script=script))
+        with Guardian.of(run, Slurm(fake_run)) as guardian:
+            assert guardian._collective_seconds() == seconds

@@ -88,7 +88,7 @@ def state_of(pid: int) -> str:
 def test_a_rank_hangs_and_runs_out_of_memory_when_told_to() -> None:
     code = (
         "import os, resource, signal, sys, time\n"
-        "from launcher.train.__main__ import listen_for_drills\n"
+        "from launcher.train.rank import listen_for_drills\n"
         "listen_for_drills()\n"
         "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20),) * 2)\n"

@@ -69,7 +69,7 @@ def keep(run: RunDir, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> Cal
 STAND_BY = (
     f"import sys; sys.path.insert(0, {str(Path(keeper.__file__).parent.parent)!r})\n"
     "import os\n"
-    "from launcher.train.__main__ import await_assignment\n"
+    "from launcher.train.rank import await_assignment\n"
     "await_assignment(os.environ['TFT_STANDBY'])\n"
     "exec(sys.argv[1])\n"
 )

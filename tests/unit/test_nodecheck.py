@@ -69,7 +69,7 @@ def test_everything_wrong_with_a_node_is_named(
 def test_stacks_are_written_by_a_hung_rank(tmp_path: Path) -> None:
     code = (
         "import os, json, time\n"
-        "from launcher.train.__main__ import write_stacks_when_asked\n"
+        "from launcher.train.rank import write_stacks_when_asked\n"
         "write_stacks_when_asked()\n"
         "def stuck_here(): time.sleep(60)\n"
         f"open({str(tmp_path / 'events')!r}, 'a').write(json.dumps({{'kind': 'start', 'rank': 0, "

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import string
 import subprocess
 import sys
 import threading
@@ -81,6 +82,12 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> list[Payload]:
     return started
 
 
+def flags_of(payload: Payload, entry: str) -> list[str]:
+    """What the ranks get: torchrun puts their arguments through ``string.Template``."""
+    words = payload._argv[payload._argv.index(entry) + 1 :]
+    return [string.Template(word).safe_substitute(local_rank="7") for word in words]
+
+
 def test_a_replica_group_is_started_as_its_array_task_says(
     env: dict[str, str],
     torchrun: list[Payload],
@@ -89,7 +96,7 @@ def test_a_replica_group_is_started_as_its_array_task_says(
 ) -> None:
     assert run_replica(env, Slurm(fake_run)) == 0
     (payload,) = torchrun
-    flags = payload._argv[payload._argv.index("launcher.train") + 1 :]
+    flags = flags_of(payload, "launcher.train")
     run = Outputs(Path("outputs").absolute()).find("50")
     assert flags == [
         "--job.config_file=config.toml",
@@ -209,6 +216,56 @@ def test_settings_by_hand_win_and_the_interface_reaches_both_backends() -> None:
         "WANDB_INIT_TIMEOUT": "30",
         "WANDB_FINISH_TIMEOUT": "30",
     }
+
+
+SCRIPT = "my train.py"
+ARGUMENTS = [
+    "--n",
+    "",
+    "two words",
+    'it\'s a "test"',
+    "new\nline",
+    "$(touch oops) `id` $HOME ${local_rank} $$",
+    "ünï→",
+    "--",
+    "*",
+    "-h",
+]
+
+
+def test_a_script_of_the_users_own_is_started_with_its_arguments_unchanged(
+    env: dict[str, str], torchrun: list[Payload], fake_run: FakeRun
+) -> None:
+    Path(SCRIPT).write_text("print('ü')\n")
+    env.pop("TFT_CONFIG")
+    assert run_replica(env, Slurm(fake_run), script=[SCRIPT, *ARGUMENTS]) == 0
+    (payload,) = torchrun
+    assert flags_of(payload, "launcher.train.script") == ["--", SCRIPT, *ARGUMENTS]
+    assert "launcher.train" not in payload._argv
+    got = payload._env
+    assert (got["REPLICA_GROUP_ID"], got["NUM_REPLICA_GROUPS"]) == ("1", "4")
+    assert (got["TORCHFT_MANAGER_PORT"], got["TORCHFT_TIMEOUT_SEC"]) == ("0", "120")
+    assert (got["TORCHFT_QUORUM_TIMEOUT_SEC"], got["TORCHFT_CONNECT_TIMEOUT_SEC"]) == ("600", "10")
+    manifest = Outputs(Path("outputs").absolute()).find("50").manifest()
+    assert (manifest.script, manifest.script_args) == (SCRIPT, tuple(ARGUMENTS))
+    assert (manifest.config, manifest.steps) == ("", None)
+
+
+def test_a_script_that_cannot_be_run_is_told_of_before_anything_is_started(
+    env: dict[str, str], torchrun: list[Payload], fake_run: FakeRun
+) -> None:
+    with pytest.raises(UsageError, match=r"'gone.py' cannot be read here.*No such file"):
+        run_replica(env, Slurm(fake_run), script=["gone.py"])
+    with pytest.raises(UsageError, match=r"'\.' cannot be read here.*Is a directory"):
+        run_replica(env, Slurm(fake_run), script=["."])
+    Path("broken.py").write_text("import (\n")
+    both = r"'broken.py' is not Python: .*line 1.*; TFT_EXTRA_ARGS is for torchtitan"
+    with pytest.raises(UsageError, match=both):
+        run_replica(env | {"TFT_EXTRA_ARGS": "--x"}, Slurm(fake_run), script=["broken.py"])
+    with pytest.raises(UsageError, match=r"sbatch --array=0-3 slurm/replica-group.sbatch my_tr"):
+        run_replica({}, Slurm(fake_run), script=[SCRIPT])
+    assert not torchrun
+    assert not list(Path().glob("outputs/torchft/tft-*"))
 
 
 def test_wandb_is_on_where_there_is_a_key(

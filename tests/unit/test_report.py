@@ -16,6 +16,7 @@ import pytest
 
 from launcher import history as history_module
 from launcher.cli import main
+from launcher.digest import digest
 from launcher.events import Event, Source
 from launcher.findings import Finding, Severity
 from launcher.history import BY_BADNESS, Changes, History, Series, Span
@@ -160,6 +161,20 @@ def words(page: str) -> str:
     """What a person reads on a page, apart from the pictures."""
     page = re.sub(r"<(style|svg).*?</\1>", "", page, flags=re.DOTALL)
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
+
+
+def test_the_report_says_which_script_was_run_and_how() -> None:
+    manifest = Manifest(
+        run="tft-7",
+        array_job_id=7,
+        group_size=1,
+        ranks_per_group=1,
+        config="",
+        script="my train.py",
+        script_args=("--n", "$(x)"),
+    )
+    said = digest(manifest, RunState(1), History(), [], START)
+    assert ("Script", "'my train.py' --n '$(x)'") in said.facts
 
 
 def test_the_page_of_a_lost_node(run: RunDir) -> None:

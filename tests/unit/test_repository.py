@@ -11,6 +11,8 @@ import pytest
 from tests.conftest import REPOSITORY
 
 SCRIPTS = sorted([*REPOSITORY.glob("*.sh"), *REPOSITORY.glob("slurm/*.s*")])
+#: Those whose tasks train.
+JOBS = [*sorted(REPOSITORY.glob("*.sh")), REPOSITORY / "slurm" / "replica-group.sbatch"]
 LAUNCHER = REPOSITORY / "launcher"
 #: The control plane, from the bottom up: a module imports only what stands before it.
 ORDER = [
@@ -120,7 +122,7 @@ def test_slurm_reads_every_header_line(script: Path) -> None:
     assert not late, f"#SBATCH after the first command (line {command + 1}): {late}"
 
 
-@pytest.mark.parametrize("script", sorted(REPOSITORY.glob("*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
 def test_job_scripts_keep_their_logs_over_a_requeue(script: Path) -> None:
     text = script.read_text()
     for line in ("--requeue", "--open-mode=append", "--exclusive", "--cpus-per-task=128"):

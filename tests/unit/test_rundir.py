@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import threading
 from pathlib import Path
 
@@ -28,12 +29,24 @@ def test_the_manifest_is_written_once_by_whoever_comes_first(hostile: Path) -> N
 def test_a_manifest_survives_the_round_trip_and_ignores_newer_fields(tmp_path: Path) -> None:
     run = Outputs(tmp_path).run_of_array(7)
     full = dataclasses.replace(
-        MANIFEST, extra_args=("--a", "b c"), settings={"model": {"name": "x"}}
+        MANIFEST,
+        extra_args=("--a", "b c"),
+        script="my train.py",
+        script_args=("$(x)", "ü\n"),
+        settings={"model": {"name": "x"}},
     )
     assert run.create(full) == full
     text = run.manifest_path.read_text().replace("{", '{"of_a_later_version": 1,', 1)
     run.manifest_path.write_text(text)
     assert run.manifest() == full
+
+
+def test_a_manifest_from_before_there_were_scripts_is_of_torchtitan(tmp_path: Path) -> None:
+    run = Outputs(tmp_path).run_of_array(7)
+    run.path.mkdir(parents=True)
+    old = {"run": "tft-7", "array_job_id": 7, "group_size": 4, "ranks_per_group": 8, "config": "c"}
+    run.manifest_path.write_text(json.dumps(old))
+    assert (run.manifest().script, run.manifest().script_args) == ("", ())
 
 
 def test_runs_are_found_by_name_id_path_and_age(tmp_path: Path) -> None:

@@ -18,7 +18,11 @@ def test_what_is_missing_is_one_stamped_line(
     assert task.main(["replica"]) == 2
     assert "error: not in a Slurm array" in capsys.readouterr().err
     assert task.main(["replicas"]) == 2
-    assert "replicas is neither replica nor classic" in capsys.readouterr().err
+    assert "replicas is none of replica, classic and script" in capsys.readouterr().err
+    assert task.main(["script", "--"]) == 2
+    assert "no script: submit with `sbatch" in capsys.readouterr().err
+    assert task.main(["script", "--", "train.py"]) == 2
+    assert "sbatch --array=0-3 slurm/replica-group.sbatch" in capsys.readouterr().err
 
 
 def test_it_starts_without_the_command_line() -> None:
