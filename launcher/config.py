@@ -302,6 +302,9 @@ def _misspelled(env: Mapping[str, str]) -> list[str]:
         "TFT_ATTEMPT",
         "TFT_FAILURES",
         "TFT_FINISHED",
+        "TFT_LAUNCHER",
+        "TFT_LEADER",
+        "TFT_LEADER_KEY",
         "TFT_STACKS",
         "TFT_STANDBY",
     }

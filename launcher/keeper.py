@@ -27,7 +27,7 @@ from launcher.gpus import GpuSampler
 from launcher.lease import patiently
 from launcher.model import KitError
 from launcher.orders import Order, OrderReader
-from launcher.payload import Payload, complain, say, why
+from launcher.payload import Payload, complain, node_of, say, why
 from launcher.plan import Ended, Plan
 from launcher.relay import Relay
 from launcher.restarts import UNFIT, Decision, Ending, Next, decide
@@ -68,6 +68,7 @@ class Keeper:
         """Sets of ranks that have waited so far, for a group or for the next start of this one."""
         self._warm = Warm(plan)
         self._must_end = ""
+        self._payload: Payload | None = None
         self._port = 0
         self._started = 0.0
         self._events_from = 0
@@ -99,7 +100,8 @@ class Keeper:
                     return self._end_with_the_run()
                 decision = self._decide(ended)
                 self._note("exit", code=ended.code, reason=ended.reason, trained=ended.trained,
-                           next=decision.next.value, why=decision.why)  # fmt: skip
+                           next=decision.next.value, why=decision.why,
+                           **({"node": ended.node} if ended.node else {}))  # fmt: skip
                 complain(f"{self._name} is {decision.next.value} ({decision.why})")
                 time.sleep(decision.pause)
                 if decision.next is not Next.HERE:
@@ -119,8 +121,8 @@ class Keeper:
     def _name(self) -> str:
         task = self._task
         if task.replica == NO_GROUP:
-            return f"spare {task.index} on {task.node}"
-        return f"replica {task.replica} (attempt {task.attempt}) on {task.node}"
+            return f"spare {task.index} on {task.where}"
+        return f"replica {task.replica} (attempt {task.attempt}) on {task.where}"
 
     # -- attempts ----------------------------------------------------------------------
 
@@ -165,8 +167,8 @@ class Keeper:
         self._must_end, self._started = "", time.monotonic()
         self._task, self._lease = task, held
         self._events_from = records.size(run.events(task.replica))
-        say(f"launching replica {task.replica} (attempt {task.attempt}) on {task.node}")
-        self._note("launch", task=task.index)
+        say(f"launching {self._name}")
+        self._note("launch", task=task.index, **({"nodes": task.nodes} if task.nodes else {}))
         env = replica_environment(plan.env, plan.site, plan.manifest, run, task)
         if plan.site.relay:
             env["TORCHFT_LIGHTHOUSE"] = f"http://127.0.0.1:{self._port}"
@@ -179,7 +181,7 @@ class Keeper:
             nodecheck.check(
                 plan.site,
                 plan.run.path,
-                plan.manifest.ranks_per_group,
+                plan.manifest.ranks_per_node,
                 manager_port=int(plan.env.get("TORCHFT_MANAGER_PORT") or "0"),
             )
         except nodecheck.SharedFolderError as error:
@@ -198,6 +200,7 @@ class Keeper:
         process: subprocess.Popen[bytes] | None = None,
     ) -> Ended:
         payload = Payload(argv, env, self._whether_it_must_end, process)
+        self._payload = payload
         done = threading.Event()
         threading.Thread(
             target=self._guarded(watch), args=(done,), name="watch", daemon=True
@@ -235,7 +238,8 @@ class Keeper:
             reason = payload.killed_for or why(failures, code)
             where = "" if payload.killed_for else f"; every rank's output: {failures.parent}"
             complain(f"{self._name} failed: {reason}{where}")
-            return Ended(code=code or 1, reason=reason, trained=self._has_trained())
+            node = "" if payload.killed_for else node_of(failures)
+            return Ended(code=code or 1, reason=reason, trained=self._has_trained(), node=node)
         else:
             reason = "finished"
             text = json.dumps({"replica": task.replica, "t": time.time()}) + "\n"
@@ -253,7 +257,8 @@ class Keeper:
         path = run.endings(task.replica)
         if task.replica == NO_GROUP:
             path = run.groups / f"spare-{task.index}.endings.jsonl"
-        ending = Ending(t=time.time(), host=task.node, reason=ended.reason, trained=ended.trained)
+        host = ended.node if ended.reason.startswith(UNFIT) and ended.node else task.where
+        ending = Ending(t=time.time(), host=host, reason=ended.reason, trained=ended.trained)
         return decide(records.remember(path, ending), self._plan.limits, ending.t)
 
     def _leave(self, decision: Decision, code: int) -> int:
@@ -287,14 +292,23 @@ class Keeper:
             order = self._orders.restart(task.replica, task.attempt)
             if order is not None:
                 complain(f"{self._name} is to end: {order.why}; its stacks are collected first")
-                stacks.collect(
-                    run.ranks(task.replica, task.attempt),
-                    run.events(task.replica),
-                    attempt=task.attempt,
-                    start=self._events_from,
-                )
+                self._collect_stacks()
                 self._end_attempt(done, order.why)
                 return
+
+    def _collect_stacks(self) -> None:
+        """Have the ranks say what they are doing, before they are killed."""
+        run, task, payload = self._plan.run, self._task, self._payload
+        if task.nodes and payload is not None:
+            payload.tell(stacks.SIGNAL)  # the leader asks on every node
+            time.sleep(stacks.patience())
+            return
+        stacks.collect(
+            run.ranks(task.replica, task.attempt),
+            run.events(task.replica),
+            attempt=task.attempt,
+            start=self._events_from,
+        )
 
     def _end_attempt(self, done: threading.Event, reason: str) -> None:
         """Have the attempt killed that ``done`` belongs to: by now it may be another one's turn."""

@@ -14,6 +14,7 @@ from launcher.command import Torchrun, replica_flags, wandb_flags
 from launcher.config import Site
 from launcher.environment import Task
 from launcher.keeper import Keeper
+from launcher.leader import Spread
 from launcher.model import UsageError
 from launcher.payload import say
 from launcher.plan import Plan
@@ -34,7 +35,8 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
         KitError: what is needed is missing; nothing was started.
     """
     site = Site.from_environment(env)
-    array_id, task, count = _array_task(env)
+    array_id, task, count = _array_task(env, slurm)
+    nodes = max(1, len(task.nodes))
     if site.spares >= count:
         raise UsageError(
             f"TFT_SPARES={site.spares} of {count} array tasks leaves no replica group: submit "
@@ -58,7 +60,8 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
             array_job_id=array_id,
             group_size=count - site.spares,
             spares=site.spares,
-            ranks_per_group=site.ranks_per_node,
+            ranks_per_group=site.ranks_per_node * nodes,
+            nodes_per_group=nodes,
             config=str(site.config),
             extra_args=site.extra_args,
             lighthouse=url,
@@ -75,6 +78,13 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
             f"replica {task.index} is outside run {run.name}, which has {manifest.group_size} "
             f"replica groups (0 and up) and {manifest.spares} spares; its data is split by the former"
         )
+    if (manifest.nodes_per_group, manifest.ranks_per_node) != (nodes, site.ranks_per_node):
+        raise UsageError(
+            f"replica {task.index} has {nodes} nodes of {site.ranks_per_node} ranks, and those of run "
+            f"{run.name} have {manifest.nodes_per_group} of {manifest.ranks_per_node}: replica groups "
+            "exchange gradients rank by rank and must be of one shape; submit with --nodes="
+            f"{manifest.nodes_per_group} --gpus-per-node={manifest.ranks_per_node}"
+        )
     if run.finished.exists():
         # Alone, it would train again from the beginning: there is no peer left to heal from.
         say(f"run {run.name} has finished: nothing is left to train for replica {task.replica}")
@@ -87,7 +97,7 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
         run=run,
         limits=site.limits,
         flags=partial(_flags, env, manifest, run),
-        argv=partial(_argv, site, manifest),
+        argv=partial(_argv, site, manifest, task),
         slurm_task=f"{array_id}_{task.index}",
     )
     return Keeper(plan, task, slurm).run()
@@ -104,15 +114,23 @@ def _flags(env: Mapping[str, str], manifest: Manifest, run: RunDir, task: Task) 
     )
 
 
-def _argv(site: Site, manifest: Manifest, folder: Path, flags: list[str]) -> list[str]:
-    """Command of one node's ranks, whose output is kept in ``folder``."""
+def _argv(site: Site, manifest: Manifest, task: Task, folder: Path, flags: list[str]) -> list[str]:
+    """Command of the group's ranks, whose output is kept in ``folder``."""
+    if task.nodes:
+        return Spread(
+            nodes=task.nodes,
+            ranks_per_node=manifest.ranks_per_node,
+            address=site.node_address,
+            log_dir=folder,
+            flags=tuple(flags),
+        ).argv()
     torchrun = Torchrun(
         ranks_per_node=manifest.ranks_per_group, log_dir=folder, node_address=site.node_address
     )
     return torchrun.argv(flags)
 
 
-def _array_task(env: Mapping[str, str]) -> tuple[int, Task, int]:
+def _array_task(env: Mapping[str, str], slurm: Slurm) -> tuple[int, Task, int]:
     """Array job id, task and group size from Slurm's variables.
 
     Raises:
@@ -123,11 +141,6 @@ def _array_task(env: Mapping[str, str]) -> tuple[int, Task, int]:
             "not in a Slurm array: submit with `sbatch --array=0-3 llama3.1-8b-pretraining-torchft.sh` "
             "for four replica groups"
         )
-    if int(env.get("SLURM_JOB_NUM_NODES", "1")) != 1:
-        raise UsageError(
-            f"a replica group is one node here, and this task has {env['SLURM_JOB_NUM_NODES']}: "
-            "submit with --nodes=1 (more replica groups instead: --array=0-N)"
-        )
     count = int(env["SLURM_ARRAY_TASK_COUNT"])
     lowest, highest = int(env["SLURM_ARRAY_TASK_MIN"]), int(env["SLURM_ARRAY_TASK_MAX"])
     if (lowest, highest) != (0, count - 1):
@@ -136,12 +149,28 @@ def _array_task(env: Mapping[str, str]) -> tuple[int, Task, int]:
             f"replica ids and must be 0 to N-1: submit with --array=0-{count - 1}"
         )
     index = int(env["SLURM_ARRAY_TASK_ID"])
-    task = Task(
-        replica=index,
-        index=index,
-        node=env.get("SLURMD_NODENAME") or os.uname().nodename,
-    )
+    node = env.get("SLURMD_NODENAME") or os.uname().nodename
+    task = Task(replica=index, index=index, node=node, nodes=_nodes(env, slurm, node))
     return int(env["SLURM_ARRAY_JOB_ID"]), task, count
+
+
+def _nodes(env: Mapping[str, str], slurm: Slurm, first: str) -> tuple[str, ...]:
+    """Nodes of a task that has several, this one first; empty when this is all.
+
+    Raises:
+        UsageError: Slurm does not say which they are.
+        SlurmError: the list of them cannot be read.
+    """
+    count = int(env.get("SLURM_JOB_NUM_NODES") or "1")
+    if count == 1:
+        return ()
+    names = slurm.hostnames(env.get("SLURM_JOB_NODELIST", ""))
+    if first not in names or len(names) != count:
+        raise UsageError(
+            f"Slurm gave this task {count} nodes, and its list of them is {', '.join(names)!r}, "
+            f"seen from {first}: submit the script with sbatch, not with srun or salloc"
+        )
+    return (first, *(name for name in names if name != first))
 
 
 def _versions() -> dict[str, str]:

@@ -9,7 +9,7 @@
         run.json                  manifest, written once by whoever comes first
         lighthouse.log            what the lighthouse said while it served this run
         tft-<A>_<a>.out / .err    logs of replica group <a>, all attempts, appended
-        tft-<A>_<a>.events.jsonl  its structured events
+        tft-<A>_<a>.events.jsonl  its structured events; .node-<n> of a further node of it
         groups/<a>.*              who runs replica group <a>, and how its attempts ended
         ranks/<a>.<attempt>/      full output of every rank, by torchrun; stacks of hung ones
         orders.jsonl              what the guardian tells the launchers on the nodes
@@ -40,6 +40,7 @@ class Manifest:
     group_size: int
     """Number of replica groups; the data is split by it."""
     ranks_per_group: int
+    nodes_per_group: int = 1
     spares: int = 0
     """Further array tasks that stand ready to take a lost group's place."""
     config: str
@@ -57,6 +58,10 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The configuration as parsed, for reports."""
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.ranks_per_group // self.nodes_per_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +119,9 @@ class RunDir:
         """Text log of a replica group; ``stream`` is ``"out"`` or ``"err"``."""
         return self.path / f"{self.name}_{replica}.{stream}"
 
-    def events(self, replica: int) -> Path:
-        return self.path / f"{self.name}_{replica}.events.jsonl"
+    def events(self, replica: int, node: int = 0) -> Path:
+        """Structured events of a replica group, as its node of that number writes them."""
+        return node_events(self.path / f"{self.name}_{replica}.events.jsonl", node)
 
     @property
     def finished(self) -> Path:
@@ -225,6 +231,13 @@ def _started(run: RunDir) -> tuple[float, str]:
         return run.manifest().created, run.name
     except KitError:
         return run.path.stat().st_mtime, run.name
+
+
+def node_events(first: Path, node: int) -> Path:
+    """Structured events of another node of the replica group whose first node writes ``first``."""
+    if node == 0:
+        return first
+    return first.with_name(f"{first.name.removesuffix('.events.jsonl')}.node-{node}.events.jsonl")
 
 
 def create_once(path: Path, content: str) -> bool:

@@ -44,6 +44,11 @@ def collect(folder: Path, events: Path, *, attempt: int, start: int) -> list[Pat
     return sorted([*folder.glob("stacks.*.txt"), *folder.glob("py-spy.*.txt")])
 
 
+def patience() -> float:
+    """Seconds that ``collect`` takes at most, on another node."""
+    return SECONDS + 0.5 + (PY_SPY_SECONDS if shutil.which("py-spy") else 0.0)
+
+
 def rank_pids(events: Path, attempt: int, start: int = 0) -> dict[int, int]:
     """Process ids of the ranks that said ``start`` in this attempt, by rank."""
     found: dict[int, int] = {}
