@@ -100,8 +100,7 @@ class Keeper:
                     return self._end_with_the_run()
                 decision = self._decide(ended)
                 self._note("exit", code=ended.code, reason=ended.reason, trained=ended.trained,
-                           next=decision.next.value, why=decision.why,
-                           **({"node": ended.node} if ended.node else {}))  # fmt: skip
+                           next=decision.next.value, why=decision.why, node=ended.node)  # fmt: skip
                 complain(f"{self._name} is {decision.next.value} ({decision.why})")
                 time.sleep(decision.pause)
                 if decision.next is not Next.HERE:
@@ -168,7 +167,7 @@ class Keeper:
         self._task, self._lease = task, held
         self._events_from = records.size(run.events(task.replica))
         say(f"launching {self._name}")
-        self._note("launch", task=task.index, **({"nodes": task.nodes} if task.nodes else {}))
+        self._note("launch", task=task.index, nodes=task.nodes)
         env = replica_environment(plan.env, plan.site, plan.manifest, run, task)
         if plan.site.relay:
             env["TORCHFT_LIGHTHOUSE"] = f"http://127.0.0.1:{self._port}"
