@@ -170,8 +170,10 @@ def aim(
     if kind.follows is Follows.LOSS and manifest.group_size < 2:
         raise UsageError("a run of one replica group has no peer to heal from: nothing to drill")
     place = node or group.host
-    if not node and len(group.nodes) > 1:
+    if len(group.nodes) > 1 and not node:
         place = group.nodes[min(rank // manifest.ranks_per_node, len(group.nodes) - 1)]
+    elif len(group.nodes) > 1 and rank == 0:
+        rank = group.nodes.index(node) * manifest.ranks_per_node
     if kind.whole_node:
         others = [job for job in slurm.arrays_on(place) if job != manifest.array_job_id]
         if others:

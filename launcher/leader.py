@@ -151,8 +151,8 @@ class Leader:
                     self._hear()
                     self._pass_signals_on()
                     self._hand_over()
-                    if time.monotonic() - began > START_SECONDS:
-                        self._miss()
+                    if time.monotonic() - began > START_SECONDS and self._end_by is None:
+                        self._miss(f"has not started its part within {START_SECONDS:.0f} s")
             finally:
                 self._say_goodbye(srun)
         self._write_down(srun.returncode)
@@ -259,17 +259,15 @@ class Leader:
         member.records = [{kind: f"{member.name} {what}", "node": member.name}]
         self._end_all()
 
-    def _miss(self) -> None:
+    def _miss(self, what: str) -> None:
         """Give up nodes that have not said hello. When none has, it is no node's fault."""
         missing = [m for m in self._members.values() if m.channel is None and not m.ended]
-        if not missing or self._end_by is not None:
-            return
         kind = "problem" if len(missing) == len(self._members) else "unfit"
         for member in missing:
             member.ended, self._code = True, self._code or 1
-            text = f"{member.name} has not started its part within {START_SECONDS:.0f} s"
-            member.records = [{kind: text, "node": member.name}]
-        self._end_all()
+            member.records = [{kind: f"{member.name} {what}", "node": member.name}]
+        if missing:
+            self._end_all()
 
     def _end_all(self) -> None:
         """Have the ranks killed on every node."""
@@ -319,8 +317,10 @@ class Leader:
         if self._end_by is not None:
             return now > self._end_by
         if srun.poll() is not None and self._stopped is None:
+            if srun.returncode > 0:
+                self._miss("could not be given its part by Slurm")
             # Nodes that still run are told to end; those that never began never will.
-            self._code = self._code or srun.returncode or 1
+            self._code = self._code or 1
             for member in self._members.values():
                 member.ended = member.ended or member.channel is None
             self._end_all()

@@ -27,8 +27,8 @@ from launcher.standby import local_folder
 
 #: What srun passes on: where the leader listens, and the key that both know.
 LEADER, KEY = "TFT_LEADER", "TFT_LEADER_KEY"
-#: Seconds for the leader to say what to run, and to take note of how it ended.
-ANSWER_SECONDS, GOODBYE_SECONDS = 30.0, 10.0
+#: Seconds for the leader to say what to run.
+ANSWER_SECONDS = 30.0
 #: Why ranks are killed: their leader has gone, or has said so.
 ALONE, TOLD = "its leader is gone", "told to"
 
@@ -92,31 +92,30 @@ class _Node:
 
     def run(self) -> int:
         """Run it to its end, and say how it ended."""
-        code, payload, listening = 1, None, threading.Thread(target=self._listen, daemon=True)
+        code, payload = 1, None
         if self._waits:
             self._assignment.touch()
         else:
             self._check()
-        listening.start()
+        threading.Thread(target=self._listen, daemon=True).start()
         if not self._problem:
             if not self._waits:
                 self._await_others()
             self._torchrun.log_dir.mkdir(parents=True, exist_ok=True)
             payload = Payload(self._torchrun.argv(self._flags), self._env, self._look)
             code = payload.run()
+        stopped = ""
+        if payload is not None and payload.stopped_by is not None:
+            stopped = payload.stopped_by.name
         self._channel.send(
             "ended",
             code=code,
             problem=self._problem,
             unfit=self._unfit,
-            stopped=""
-            if payload is None or payload.stopped_by is None
-            else payload.stopped_by.name,
+            stopped=stopped,
             told=payload is not None and bool(payload.killed_for) and not self._problem,
             failures=self._told_by_torchrun(),
         )
-        # srun ends the whole step when one node's part ends badly: not before all have told.
-        listening.join(GOODBYE_SECONDS)
         return code
 
     def _own(self, env: Mapping[str, str]) -> dict[str, str]:

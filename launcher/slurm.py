@@ -217,7 +217,7 @@ class Slurm:
 
 def over_nodes(nodes: int, argv: Sequence[str], cpus: str = "") -> list[str]:
     """The command that runs ``argv`` once on each of the ``nodes`` nodes of the job that it is
-    started in, beside whatever runs there already; ``cpus``: CPUs of each (``SLURM_CPUS_PER_TASK``,
+    started in, beside whatever runs there already, and however it ends on the others; ``cpus``: CPUs of each (``SLURM_CPUS_PER_TASK``,
     which srun does not take from the job itself)."""
     return [
         "srun",
@@ -226,11 +226,11 @@ def over_nodes(nodes: int, argv: Sequence[str], cpus: str = "") -> list[str]:
         "--ntasks-per-node=1",
         *([f"--cpus-per-task={cpus}"] if cpus else []),
         "--overlap",
-        "--kill-on-bad-exit=1",
+        "--kill-on-bad-exit=0",
+        "--wait=0",
         "--export=ALL",
         "--input=none",
         "--mpi=none",
-        "--cpu-bind=none",
         "--unbuffered",
         "--quiet",
         *argv,

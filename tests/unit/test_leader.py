@@ -24,6 +24,7 @@ from tests.conftest import REPOSITORY
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 for name in $FAKE_NODES; do SLURMD_NODENAME=$name "$@" & done
+[ -z "$FAKE_REFUSAL" ] || { sleep 1; exit "$FAKE_REFUSAL"; }
 wait
 """
 #: Read by every Python of these tests: a node's torchrun is the text among the trainer's flags.
@@ -217,6 +218,21 @@ def test_a_node_that_does_not_start_its_part_is_unfit(lead: Callable[..., Led]) 
     assert why(led.failures).startswith("unfit node: n1 has not started its part within")
     assert node_of(led.failures) == "n1"
     assert gone([psutil.Process(pid) for pid in psutil.pids() if pid == led.ranks(1)[0]["pid"]])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "says"),
+    [
+        ("n0", "unfit node: n1 could not be given its part by Slurm"),
+        ("", "n0 could not be given its part by Slurm"),
+    ],
+)
+def test_a_node_that_slurm_cannot_reach_is_unfit_and_not_all_of_them(
+    lead: Callable[..., Led], nodes: str, says: str
+) -> None:
+    led = lead(WAIT, nodes=nodes, FAKE_REFUSAL="1")
+    assert led.end() == 1
+    assert why(led.failures) == says
 
 
 def test_an_unfit_node_says_so(lead: Callable[..., Led], tmp_path: Path) -> None:
