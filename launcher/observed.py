@@ -158,7 +158,7 @@ class Observed:
         """Fold in Slurm's word on the nodes of groups that are lost."""
         nodes = list(nodes)
         silent_hosts = {node.name: node.state for node in nodes if not node.responds}
-        unusable = {node.name for node in nodes if not node.up}
+        unusable = {node.name for node in nodes if not (node.up and node.responds)}
         notices = []
         for incident in self.incidents[-64:]:
             if incident.recovered_at is not None:
