@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 #
-# Fault-tolerant pretraining: every array task is one replica group on one node.
+# Fault-tolerant pretraining: every array task is one replica group, on one node or several.
 #
 #   python -m launcher lighthouse up --detach      # once, on the login node
 #   sbatch --array=0-3 llama3.1-8b-pretraining-torchft.sh
 #   python -m launcher monitor
+#
+# Groups of two nodes each: sbatch --nodes=2 --array=0-3 …
 #
 # Submit from the repository's root. Flags of sbatch win over the lines below. A task
 # that loses its node is requeued by Slurm, rejoins the quorum and heals from a peer.
@@ -21,8 +23,8 @@
 #
 #SBATCH --job-name=tft
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
-#SBATCH --gpus-per-task=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=128
 #SBATCH --exclusive
 #SBATCH --requeue

@@ -7,13 +7,13 @@ for the same actions, and the guardian does each of them once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from launcher.events import Clock
 from launcher.findings import BAD_NODE_LOSSES, BAD_NODE_SECONDS
 from launcher.groups import Group
-from launcher.incidents import Cause
+from launcher.incidents import Cause, Incident
 from launcher.lighthouse_log import Waiting
 from launcher.model import GroupState
 from launcher.restarts import Next
@@ -154,7 +154,8 @@ def _without_the_lost_node(
     if incident is None:
         unnoticed = group.replica in view.state.members
         return None if unnoticed and view.now - group.since < SPARE_COMES_SECONDS else excluded
-    if group.host in excluded:
+    suspects = set(_suspects(view, group)) - set(excluded)
+    if not suspects:
         return excluded
     end = incident.first_sign if incident.ended_at is None else incident.ended_at
     since = view.now - (end if incident.started_at is None else max(end, group.launched_at))
@@ -162,12 +163,19 @@ def _without_the_lost_node(
         return None  # what Slurm says of it has not been read
     if incident.cause not in (Cause.NODE_DOWN, Cause.NODE_UNREACHABLE, Cause.UNKNOWN):
         return excluded  # Slurm itself waits until the node has ended the old copy
-    node = view.nodes.get(group.host)
-    free = _spare_nodes(_tasks(view), view.nodes.values()) - len(excluded)
-    if free > 0 or (node is not None and not node.up):
-        return sorted([*excluded, group.host])
+    free = _spare_nodes(view) - len(excluded)
+    known = [node for name in suspects if (node := view.nodes.get(name)) is not None]
+    down = len(known) == len(suspects) and not any(node.up for node in known)
+    if free >= len(suspects) or down:
+        return sorted([*excluded, *suspects])
     told = incident.ended_at is not None or incident.started_at is not None
     return excluded if since > (ENDED_SECONDS if told else KILL_SECONDS) else None
+
+
+def _suspects(view: View, group: Group) -> Sequence[str]:
+    """Nodes of a group, one of which was lost: those that are not up, or else all of them."""
+    nodes = group.nodes or (group.host,)
+    return [name for name in nodes if (node := view.nodes.get(name)) and not node.up] or nodes
 
 
 def _spare_comes(view: View, task: int) -> bool:
@@ -178,12 +186,12 @@ def _spare_comes(view: View, task: int) -> bool:
         return False
     incident = view.state.open_incident(group.replica)
     if incident is not None:
-        host, since = incident.host, incident.lost_at
+        lost, since = _nodes_of(incident), incident.lost_at
     elif group.replica in view.state.members:  # its loss is about to be noticed
-        host, since = group.host, group.since
+        lost, since = group.nodes or (group.host,), group.since
     else:
         return False
-    fits = any(spare.host != host for spare in view.spares)
+    fits = any(spare.host not in lost for spare in view.spares)
     return fits and view.now - since < SPARE_COMES_SECONDS
 
 
@@ -196,7 +204,7 @@ def _taken_over(view: View) -> Iterator[Action]:
             continue
         if group.next == Next.NEVER.value or not _out(view, group):
             continue
-        fitting = [spare for spare in free if spare.host != incident.host]
+        fitting = [spare for spare in free if spare.host not in _nodes_of(incident)]
         if not fitting:
             continue
         spare = fitting[0]
@@ -263,8 +271,8 @@ def _silent(view: View) -> Iterator[Action]:
     """Groups that are out of the quorum, or never come to it, while their tasks run."""
     running = {job.task for job in view.jobs if job.state == "RUNNING"}
     for group in view.state.groups.values():
-        node = view.nodes.get(group.host)
-        if group.task_index not in running or (node and not node.responds):
+        nodes = map(view.nodes.get, group.nodes or (group.host,))
+        if group.task_index not in running or not all(n is None or n.responds for n in nodes):
             continue
         seconds = view.now - group.since
         if group.ended or group.state is GroupState.REQUEUED:
@@ -297,15 +305,18 @@ def excluded_nodes(view: View) -> list[str]:
         if view.now - t < BAD_NODE_SECONDS:
             bad[host] = bad.get(host, 0) + 1000  # it said so itself
     worst = sorted(bad, key=lambda host: (-bad[host], host))
-    return sorted(worst[: _spare_nodes(_tasks(view), view.nodes.values())])
+    return sorted(worst[: _spare_nodes(view)])
 
 
-def _tasks(view: View) -> int:
-    return max(view.state.size, len({job.task for job in view.jobs}))
+def _spare_nodes(view: View) -> int:
+    """Nodes that are up beyond those that the run needs."""
+    tasks = max(view.state.size, len({job.task for job in view.jobs}))
+    up = sum(node.up for node in view.nodes.values())
+    return max(0, up - tasks * view.state.nodes_per_group)
 
 
-def _spare_nodes(needed: int, nodes: Iterable[Node]) -> int:
-    return max(0, sum(node.up for node in nodes) - needed)
+def _nodes_of(incident: Incident) -> tuple[str, ...]:
+    return incident.nodes or (incident.host,)
 
 
 def _act(

@@ -160,7 +160,7 @@ def data(manifest: Manifest, state: RunState, findings: Sequence[Finding]) -> di
     values = as_data(state, findings)
     for plain, incident in zip(values["incidents"], state.incidents, strict=True):
         plain |= {
-            "node": incident.host,
+            "node": incident.where,
             "lost_at_step": incident.lost_at_step,
             "requeued_at": iso(incident.requeued_at),
             "started_at": iso(incident.started_at),
@@ -311,7 +311,7 @@ def _group(group: Group, history: History, end: float) -> GroupText:
         spent[name] = spent.get(name, 0.0) + span.end - span.start
     return GroupText(
         replica=group.replica,
-        node=clean(group.host),
+        node=clean(", ".join(group.nodes) or group.host),
         state=STATE_NAMES[group.state],
         step=group.step,
         attempts=group.attempt,
@@ -332,7 +332,7 @@ def _incident(number: int, incident: Incident) -> IncidentText:
     return IncidentText(
         number=number,
         who="lighthouse" if incident.replica is None else str(incident.replica),
-        node=clean(incident.host),
+        node=clean(incident.where),
         cause=clean(incident.why),
         moments=[
             Moment(

@@ -26,10 +26,18 @@ class Task:
 
     replica: int
     node: str
+    """The first of its nodes, on which its launcher runs."""
+    nodes: tuple[str, ...] = ()
+    """All of them, where there are several."""
     index: int = 0
     """Index of the array task that runs it; a spare's differs from the replica group's."""
     attempt: int = 0
     """1 for the group's first start, one more for each further one; 0 before it."""
+
+    @property
+    def where(self) -> str:
+        """Its nodes, in words."""
+        return ", ".join(self.nodes) or self.node
 
 
 def replica_environment(

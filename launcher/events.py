@@ -152,7 +152,8 @@ PATTERNS = (
     ),
     Pattern(
         kind="slurm_cancelled",
-        regex=r"slurmstepd\S*: error: \*\*\* (?:JOB|STEP) \S+ ON (?P<host>\S+) CANCELLED AT "
+        # A step that is cancelled for no reason is one whose srun our own launcher has killed.
+        regex=r"slurmstepd\S*: error: \*\*\* (?:JOB|STEP(?=.* DUE TO )) \S+ ON (?P<host>\S+) CANCELLED AT "
         r"(?P<time>[-\dT:]+)(?: DUE TO (?P<due>[A-Z ]+?))?(?:,.*)? \*\*\*",
         sample="slurmstepd-worker-1: error: *** JOB 5185080 ON worker-1 CANCELLED AT "
         "2026-11-20T14:31:46 DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***",

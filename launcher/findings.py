@@ -205,7 +205,7 @@ def _straggler(snapshot: Snapshot) -> Iterator[Finding]:
         step = state.groups[replica].step_seconds or 0.0
         if seconds <= STRAGGLER_RATIO * others or seconds - others < STRAGGLER_COST * step:
             continue
-        host = state.groups[replica].host
+        host = state.groups[replica].where
         where = f" on {host}" if host else ""
         yield Finding(
             kind="straggler",

@@ -25,6 +25,9 @@ class Group:
     task: int | None = None
     """Array task that runs it; None: the one of its own index."""
     host: str = ""
+    """Its node; of several the first, on which its launcher runs."""
+    nodes: tuple[str, ...] = ()
+    """All of them."""
     step: int = 0
     """Manager's step: commits, counted over the whole run."""
     commits: int = 0
@@ -77,6 +80,11 @@ class Group:
         if self.boot_at and phase not in self.boot:
             self.boot[phase] = round(max(0.0, t - self.boot_at), 3)
             self.boot_at = t
+
+    @property
+    def where(self) -> str:
+        """Its nodes, in words."""
+        return f"{self.host} +{len(self.nodes) - 1}" if len(self.nodes) > 1 else self.host
 
     @property
     def task_index(self) -> int:

@@ -18,8 +18,12 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from launcher.process import still_runs
+
+if TYPE_CHECKING:
+    import psutil
 
 #: Bytes that a process whose memory ends still gets.
 HEADROOM = 64 << 20
@@ -48,7 +52,7 @@ def of_run(pid: int, run: str) -> bool:
 
 
 def whole_task(pid: int) -> list[int]:
-    """Every process of the array task that rank ``pid`` is of, its launcher first."""
+    """Every process of the array task that rank ``pid`` is of, on this node, its launcher first."""
     import psutil
 
     top = psutil.Process(pid)
@@ -57,7 +61,24 @@ def whole_task(pid: int) -> list[int]:
         if not task or _task(parent.pid) != task:
             break
         top = parent
-    return [top.pid, *(child.pid for child in top.children(recursive=True))]
+    found = [top, *top.children(recursive=True)]
+    for launcher in _launchers(pid):  # of a group of several nodes it is not above the rank
+        if launcher not in found:
+            found = [launcher, *launcher.children(recursive=True), *found]
+    return [process.pid for process in found]
+
+
+def _launchers(pid: int) -> Iterator[psutil.Process]:
+    """Launchers of the array task that rank ``pid`` is of, on its node."""
+    import psutil
+
+    node = [value for value in _environment(pid) if value.startswith(b"SLURMD_NODENAME=")]
+    task = _task(pid)
+    for process in psutil.process_iter() if node and task else ():
+        with contextlib.suppress(psutil.Error):
+            ours = process.cmdline()[-2:] == ["launcher.task", "replica"]
+            if ours and _task(process.pid) == task and node[0] in _environment(process.pid):
+                yield process
 
 
 def _task(pid: int) -> list[bytes]:

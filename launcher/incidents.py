@@ -56,7 +56,9 @@ class Incident:
     """None: the lighthouse."""
     kind: str = "replica_lost"
     host: str = ""
-    """Node on which it ran."""
+    """Node on which it ran; of several the one that is to blame, and empty while that is not known."""
+    nodes: tuple[str, ...] = ()
+    """All nodes on which it ran."""
     cause: Cause = Cause.UNKNOWN
     detail: str = ""
     """The line that names the cause, where that says more than the cause itself."""
@@ -100,6 +102,11 @@ class Incident:
         if self.detected_at is not None and not self.replaced:
             return self.detected_at
         return self.first_sign if self.ended_at is None else self.ended_at
+
+    @property
+    def where(self) -> str:
+        """Its node, or all of them while it is not known which one is to blame."""
+        return self.host or ", ".join(self.nodes)
 
     @property
     def who(self) -> str:

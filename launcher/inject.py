@@ -174,15 +174,22 @@ def aim(
     group = state.groups[chosen]
     if kind.follows is Follows.LOSS and manifest.group_size < 2:
         raise UsageError("a run of one replica group has no peer to heal from: nothing to drill")
+    place = node or group.host
+    if len(group.nodes) > 1 and not node:
+        place = group.nodes[min(rank // manifest.ranks_per_node, len(group.nodes) - 1)]
+    elif len(group.nodes) > 1 and rank == 0:
+        rank = group.nodes.index(node) * manifest.ranks_per_node
     if kind.whole_node:
-        others = [job for job in slurm.arrays_on(group.host) if job not in run_dir.arrays()]
+        others = [job for job in slurm.arrays_on(place) if job not in run_dir.arrays()]
         if others:
-            raise UsageError(f"job {others[0]} of another run is on {group.host}, too: not touched")
+            raise UsageError(f"job {others[0]} of another run is on {place}, too: not touched")
     partition = partition or (SANDBOX_PARTITION if sandbox else "")
     if kind.name == "preempt" and not partition:
         raise UsageError("preempt needs --partition: one whose jobs preempt those of this run")
-    pids = stacks.rank_pids(run_dir.events(chosen), group.attempt)
-    at_node = _way_to(group.host, pids, run_dir, group.task_index, slurm)
+    pids: dict[int, int] = {}
+    for number in range(manifest.nodes_per_group):
+        pids |= stacks.rank_pids(run_dir.events(chosen, number), group.attempt)
+    at_node = _way_to(place, pids, run_dir, group.task_index, slurm)
     if not 0 <= rank < max(1, len(pids)):
         raise UsageError(f"replica {chosen} has ranks 0 to {len(pids) - 1}, and no {rank}")
     array = _array_of(run_dir, group.task_index, slurm)
@@ -190,7 +197,7 @@ def aim(
         run=str(run_dir.path),
         array=array,
         task=group.task_index,
-        node=group.host,
+        node=place,
         replica=chosen,
         pids=tuple(pids[number] for number in sorted(pids)),
         member=(SCRIPT_MEMBER if manifest.script else MEMBER).format(
@@ -212,7 +219,9 @@ def aim(
 
 def _replica(manifest: Manifest, state: RunState, replica: int | None, node: str) -> int:
     if node:
-        there = [g.replica for g in state.groups.values() if g.host == node and not g.ended]
+        there = [
+            g.replica for g in state.groups.values() if node in (g.host, *g.nodes) and not g.ended
+        ]
         if not there:
             raise UsageError(f"no replica group of {manifest.run} runs on {node!r}")
         if replica not in (None, there[0]):

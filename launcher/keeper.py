@@ -27,7 +27,7 @@ from launcher.gpus import GpuSampler
 from launcher.lease import patiently
 from launcher.model import KitError
 from launcher.orders import Order, OrderReader
-from launcher.payload import Payload, complain, say, why
+from launcher.payload import Payload, complain, node_of, say, why
 from launcher.plan import Ended, Plan
 from launcher.relay import Relay
 from launcher.restarts import UNFIT, Decision, Ending, Next, decide
@@ -69,6 +69,7 @@ class Keeper:
         self._warm = Warm(plan)
         self._must_end = ""
         self._leaving = False
+        self._payload: Payload | None = None
         self._port = 0
         self._started = 0.0
         self._events_from = 0
@@ -100,7 +101,7 @@ class Keeper:
                     return self._end_with_the_run()
                 decision = self._decide(ended)
                 self._note("exit", code=ended.code, reason=ended.reason, trained=ended.trained,
-                           next=decision.next.value, why=decision.why)  # fmt: skip
+                           next=decision.next.value, why=decision.why, node=ended.node)  # fmt: skip
                 complain(f"{self._name} is {decision.next.value} ({decision.why})")
                 time.sleep(decision.pause)
                 if decision.next is not Next.HERE:
@@ -120,8 +121,8 @@ class Keeper:
     def _name(self) -> str:
         task = self._task
         if task.replica == NO_GROUP:
-            return f"spare {task.index} on {task.node}"
-        return f"replica {task.replica} (attempt {task.attempt}) on {task.node}"
+            return f"spare {task.index} on {task.where}"
+        return f"replica {task.replica} (attempt {task.attempt}) on {task.where}"
 
     # -- attempts ----------------------------------------------------------------------
 
@@ -166,8 +167,8 @@ class Keeper:
         self._must_end, self._started, self._leaving = "", time.monotonic(), False
         self._task, self._lease = task, held
         self._events_from = records.size(run.events(task.replica))
-        say(f"launching replica {task.replica} (attempt {task.attempt}) on {task.node}")
-        self._note("launch", task=task.index)
+        say(f"launching {self._name}")
+        self._note("launch", task=task.index, nodes=task.nodes)
         env = replica_environment(plan.env, plan.site, plan.manifest, run, task)
         if plan.site.relay:
             env["TORCHFT_LIGHTHOUSE"] = f"http://127.0.0.1:{self._port}"
@@ -176,20 +177,15 @@ class Keeper:
     def _unfit(self) -> str:
         """Why this node cannot train; empty when it can."""
         plan = self._plan
-        try:
-            nodecheck.check(
-                plan.site,
-                plan.run.path,
-                plan.manifest.ranks_per_group,
-                manager_port=int(plan.env.get("TORCHFT_MANAGER_PORT") or "0"),
-            )
-        except nodecheck.SharedFolderError as error:
-            complain(f"{self._name} failed: {error}")
-            return str(error)
-        except nodecheck.UnfitNodeError as error:
-            complain(f"{self._name} failed: {UNFIT}{error}")
-            return f"{UNFIT}{error}"
-        return ""
+        problem = nodecheck.problem(
+            plan.site,
+            plan.run.path,
+            plan.manifest.ranks_per_node,
+            manager_port=int(plan.env.get("TORCHFT_MANAGER_PORT") or "0"),
+        )
+        if problem:
+            complain(f"{self._name} failed: {problem}")
+        return problem
 
     def _run(
         self,
@@ -199,6 +195,7 @@ class Keeper:
         process: subprocess.Popen[bytes] | None = None,
     ) -> Ended:
         payload = Payload(argv, env, self._whether_it_must_end, process)
+        self._payload = payload
         done = threading.Event()
         threading.Thread(
             target=self._guarded(watch), args=(done,), name="watch", daemon=True
@@ -236,7 +233,8 @@ class Keeper:
             reason = payload.killed_for or why(failures, code)
             where = "" if payload.killed_for else f"; every rank's output: {failures.parent}"
             complain(f"{self._name} failed: {reason}{where}")
-            return Ended(code=code or 1, reason=reason, trained=self._has_trained())
+            node = "" if payload.killed_for else node_of(failures)
+            return Ended(code=code or 1, reason=reason, trained=self._has_trained(), node=node)
         elif self._leaving:
             reason = leaving.LEFT
             say(f"{self._name} {reason}")
@@ -257,7 +255,8 @@ class Keeper:
         path = run.endings(task.replica)
         if task.replica == NO_GROUP:
             path = run.groups / f"spare-{task.index}.endings.jsonl"
-        ending = Ending(t=time.time(), host=task.node, reason=ended.reason, trained=ended.trained)
+        host = ended.node if ended.reason.startswith(UNFIT) and ended.node else task.where
+        ending = Ending(t=time.time(), host=host, reason=ended.reason, trained=ended.trained)
         return decide(records.remember(path, ending), self._plan.limits, ending.t)
 
     def _leave(self, decision: Decision, code: int) -> int:
@@ -296,12 +295,7 @@ class Keeper:
                 leaving.tell(path, run.events(task.replica), self._events_from)
             elif order is not None:
                 complain(f"{self._name} is to end: {order.why}; its stacks are collected first")
-                stacks.collect(
-                    run.ranks(task.replica, task.attempt),
-                    run.events(task.replica),
-                    attempt=task.attempt,
-                    start=self._events_from,
-                )
+                stacks.of_attempt(run, task, self._events_from, self._payload)
                 self._end_attempt(done, order.why)
                 return
 

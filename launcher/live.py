@@ -105,7 +105,7 @@ def _groups(watcher: Watcher, now: float) -> Table:
             str(group.replica),
             Text(group.state.value, style=_STYLE[group.state]),
             _ago(now - group.since) if group.since else "",
-            group.host,
+            group.where,
             str(group.attempt or ""),
             str(group.step),
             _ago(now - group.last_commit) + " ago" if group.last_commit else "",
@@ -124,9 +124,10 @@ def _slurm_words(watcher: Watcher, replica: int) -> str:
         words += f" ({group.waiting})"
     if group.expected_start:
         words += f", start expected {group.expected_start.rpartition('T')[2]}"
-    node = watcher.nodes.get(group.host)
-    if node is not None and not node.up:
-        words += f"; node {node.state} ({node.reason})"
+    for node in filter(None, map(watcher.nodes.get, group.nodes)):
+        if not node.up:
+            name = node.name if len(group.nodes) > 1 else "node"
+            words += f"; {name} {node.state} ({node.reason})"
     return words
 
 

@@ -231,7 +231,7 @@ def table(state: RunState) -> list[str]:
         rows.append(
             f"replica {group.replica}  {group.state.value:<8}  step {group.step:>5}  "
             f"attempt {group.attempt}  failed commits {group.failed_commits}  "
-            f"{group.host}{loss}{waiting}"
+            f"{group.where}{loss}{waiting}"
         )
     return rows
 

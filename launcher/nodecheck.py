@@ -16,6 +16,7 @@ from typing import Any
 
 from launcher.config import Site
 from launcher.model import KitError
+from launcher.restarts import UNFIT
 
 #: Bytes of memory below which a start is hopeless (interpreter and torch of one rank).
 MEMORY_PER_RANK = 1 << 30
@@ -57,6 +58,17 @@ def check(site: Site, folder: Path, ranks: int, *, manager_port: int = 0, nvml: 
     problems = [problem for one in checks for problem in one()]
     if problems:
         raise UnfitNodeError("; ".join(problems))
+
+
+def problem(site: Site, folder: Path, ranks: int, *, manager_port: int = 0) -> str:
+    """Why a group cannot start on this node, as it is told; empty when it can."""
+    try:
+        check(site, folder, ranks, manager_port=manager_port)
+    except SharedFolderError as error:
+        return str(error)
+    except UnfitNodeError as error:
+        return f"{UNFIT}{error}"
+    return ""
 
 
 def _gpus(ranks: int, nvml: Any) -> Iterator[str]:

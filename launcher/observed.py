@@ -35,6 +35,7 @@ class Observed:
     """Replica groups that the run is to have; 0 when it is not known (bare logs)."""
     steps: int | None = None
     """Last step of the training, when it is known."""
+    nodes_per_group: int = 1
     groups: dict[int, Group] = field(default_factory=dict)
     quorum_id: int = 0
     quorum_since: float | None = None
@@ -97,7 +98,11 @@ class Observed:
         group = self.group(replica)
         incident = self.open_incident(replica)
         if incident is None:
-            incident = Incident(replica=replica, host=group.host, first_sign=t, lost_at_step=step)
+            nodes = group.nodes
+            host = group.host if len(nodes) < 2 else ""
+            incident = Incident(
+                replica=replica, host=host, nodes=nodes, first_sign=t, lost_at_step=step
+            )
             incident.lost_uuid = group.uuid
             self._keep(incident)
         incident.explain([sign for sign in group.signs if t - sign.t < SIGN_WINDOW])
@@ -151,10 +156,17 @@ class Observed:
 
     def observe_nodes(self, nodes: Iterable[Node], now: float) -> list[Notice]:
         """Fold in Slurm's word on the nodes of groups that are lost."""
+        nodes = list(nodes)
         silent_hosts = {node.name: node.state for node in nodes if not node.responds}
+        unusable = {node.name for node in nodes if not (node.up and node.responds)}
         notices = []
         for incident in self.incidents[-64:]:
-            if incident.recovered_at is not None or incident.host not in silent_hosts:
+            if incident.recovered_at is not None:
+                continue
+            if not incident.host:
+                down = [name for name in incident.nodes if name in unusable]
+                incident.host = down[0] if len(down) == 1 else ""
+            if incident.host not in silent_hosts:
                 continue
             known = any(sign.cause is Cause.NODE_UNREACHABLE for sign in incident.evidence)
             if known or incident.end_told():

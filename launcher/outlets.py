@@ -202,7 +202,7 @@ def _messages(update: Update) -> list[tuple[str, str]]:
     there = f"{len(update.members)} of {update.group_size} replica groups are in the quorum"
     found = []
     for i in update.lost:
-        where = f" on {i.host}" if i.host else ""
+        where = f" on {i.where}" if i.where else ""
         text = f"{i.who} LOST{where} at step {i.lost_at_step}: {i.why}; {there}"
         found.append((f"lost:{i.replica}", text))
     for i in update.recovered:

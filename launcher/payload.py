@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from launcher.restarts import UNFIT
+
 #: Signals that Slurm or a person sends to a task, and that its ranks should see.
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 #: Of those, the ones that ask the task to end.
@@ -75,6 +77,10 @@ class Payload:
             return 128 + int(self.stopped_by)
         return 128 - code if code < 0 else code
 
+    def tell(self, number: signal.Signals) -> None:
+        """Send torchrun a signal, or the leader of several of them."""
+        self._send(number)
+
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         while True:
             try:
@@ -130,25 +136,49 @@ def why(failures: Path, code: int = 1) -> str:
     """Which rank failed first and how, from what torchrun left in ``failures``; ``code`` is
     torchrun's own, as ``Payload.run`` gives it."""
     try:
-        records: list[dict[str, Any]] = json.loads(failures.read_text(encoding="utf-8"))
-        first = min(records, key=_rank_of_blame)
+        records = _read_failures(failures)
+        first = records[0]
+        if "unfit" in first:  # told by the leader of a group of several nodes
+            return f"{UNFIT}{first['unfit']}"
+        if "problem" in first:
+            return str(first["problem"])
         how_it_ended = int(first["exit_code"])
-    except (OSError, ValueError, KeyError, TypeError):
+        who = f"rank {first['rank']} (pid {first['pid']})"
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         if code > 128:
             return f"torchrun was killed by {_signal_name(code - 128)}"
         return "torchrun itself failed; see the lines above"
+    if "node" in first:
+        who += f" on {first['node']}"
     how = f"exited with code {how_it_ended}"
     if how_it_ended < 0:
         how = f"was killed by {_signal_name(-how_it_ended)}"
     message = str(first.get("message", ""))
     because = f": {message}" if message and not message.startswith("Signal ") else ""
     others = f" ({len(records) - 1} more ended with it)" if len(records) > 1 else ""
-    return f"rank {first['rank']} (pid {first['pid']}) {how}{because}{others}"
+    return f"{who} {how}{because}{others}"
+
+
+def node_of(failures: Path) -> str:
+    """Node of what ``why`` tells; empty in a group of one node, and when it is not known."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        return str(_read_failures(failures)[0].get("node", ""))
+    return ""
+
+
+def _read_failures(failures: Path) -> list[dict[str, Any]]:
+    """The likely root cause first."""
+    records: list[dict[str, Any]] = json.loads(failures.read_text(encoding="utf-8"))
+    return sorted(records, key=_rank_of_blame)
 
 
 def _rank_of_blame(record: dict[str, Any]) -> tuple[int, float]:
     """Sorts the likely root cause first. torch stamps failures in whole seconds, so time
     alone cannot tell a rank that was killed from the peers whose connections broke."""
+    if "unfit" in record:
+        return -1, 0.0
+    if "problem" in record:
+        return 3, 0.0
     code = int(record["exit_code"])
     if code == -signal.SIGTERM:
         order = 2  # torchrun ends the others so

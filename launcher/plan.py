@@ -24,7 +24,7 @@ class Plan:
     flags: Callable[[Task], list[str]]
     """The trainer's flags for one attempt."""
     argv: Callable[[Path, list[str]], list[str]]
-    """Command that keeps its ranks' output in that folder and gives them those flags."""
+    """Command (torchrun, or the leader of several) that keeps its ranks' output in that folder and gives them those flags."""
     slurm_task: str
     """``<array job>_<index>``; empty when Slurm does not run this."""
 
@@ -40,3 +40,5 @@ class Ended:
     """Whether the task was told to end."""
     trained: bool = False
     """Whether it had committed a step."""
+    node: str = ""
+    """Which of the group's nodes is to blame; empty: that is not known, or there is one only."""

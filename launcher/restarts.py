@@ -66,7 +66,8 @@ class Decision:
 _PASSING = re.compile(
     r"time[d ]?-?out|connection|connect|unreachable|unavailable|broken pipe|reset by peer|EOF|"
     r"quorum|lighthouse|nccl|gloo|killed by|stale file|input/output error|no space left|"
-    r"out of memory|allocate memory|hung|stopped|cannot be (?:read|written)|read-only",
+    r"out of memory|allocate memory|hung|stopped|cannot be (?:read|written)|read-only|"
+    r"\bsrun\b|its part\b",  # said by the leader of a group of several nodes
     re.IGNORECASE,
 )
 #: Errors of the node's hardware or driver: once may be chance, twice is the node.

@@ -10,7 +10,7 @@
         submission.json           how `launcher submit` submitted it; its owner's
         lighthouse.log            what the lighthouse said while it served this run
         tft-<A>_<a>.out / .err    logs of replica group <a>, all attempts, appended
-        tft-<A>_<a>.events.jsonl  its structured events
+        tft-<A>_<a>.events.jsonl  its structured events; .node-<n> of a further node of it
         groups/<a>.*              who runs replica group <a>, and how its attempts ended
         groups/array-<B>          the array job <B> has joined this run
         ranks/<a>.<attempt>/      full output of every rank, by torchrun; stacks of hung ones
@@ -44,6 +44,7 @@ class Manifest:
     replicas: int = 0
     """Number of replica groups that it started with; 0: all."""
     ranks_per_group: int
+    nodes_per_group: int = 1
     spares: int = 0
     """Further array tasks that stand ready to take a lost group's place."""
     config: str
@@ -64,6 +65,10 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The configuration as parsed, for reports."""
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.ranks_per_group // self.nodes_per_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +151,9 @@ class RunDir:
         """Text log of a replica group; ``stream`` is ``"out"`` or ``"err"``."""
         return self.path / f"{self.name}_{replica}.{stream}"
 
-    def events(self, replica: int) -> Path:
-        return self.path / f"{self.name}_{replica}.events.jsonl"
+    def events(self, replica: int, node: int = 0) -> Path:
+        """Structured events of a replica group, as its node of that number writes them."""
+        return node_events(self.path / f"{self.name}_{replica}.events.jsonl", node)
 
     @property
     def finished(self) -> Path:
@@ -263,6 +269,13 @@ def _started(run: RunDir) -> tuple[float, str]:
         return run.manifest().created, run.name
     except KitError:
         return run.path.stat().st_mtime, run.name
+
+
+def node_events(first: Path, node: int) -> Path:
+    """Structured events of another node of the replica group whose first node writes ``first``."""
+    if node == 0:
+        return first
+    return first.with_name(f"{first.name.removesuffix('.events.jsonl')}.node-{node}.events.jsonl")
 
 
 def create_once(path: Path, content: str) -> bool:

@@ -16,9 +16,9 @@ from typing import Any
 from launcher import orders, process
 from launcher.lighthouse import LighthouseDir
 from launcher.model import BlindError, GroupState, KitError, UsageError
+from launcher.opening import SCRIPT_JOB, TORCHTITAN_JOB
 from launcher.rundir import Manifest, Outputs, RunDir, read_json
 from launcher.slurm import Job, Slurm
-from launcher.submission import SCRIPT
 from launcher.supervisor import stop
 from launcher.watcher import Watcher
 
@@ -207,7 +207,7 @@ def _grow(
     slurm_with: Callable[[Mapping[str, str]], Slurm],
     say: Callable[[str], None],
 ) -> None:
-    flags, handed = _record(run, manifest)
+    flags, job, handed = _record(run, manifest)
     flags = [f for f in flags if not f.startswith(("--array=", "--dependency="))]
     logs = str(run.path / run.name).replace("%", "%%")
     flags += [f"--array={','.join(map(str, missing))}"]
@@ -216,28 +216,37 @@ def _grow(
     handed = {**handed, "TFT_RUN": run.name}
     handed.pop("TORCHFT_LIGHTHOUSE", None)  # the run's own, wherever it is now
     base = {key: value for key, value in env.items() if key != "TORCHFT_LIGHTHOUSE"}
-    array = slurm_with({**base, **handed}).submit(flags, SCRIPT)
+    array = slurm_with({**base, **handed}).submit(flags, job[0], job[1:])
     run.join(array)
     say(f"{run.name}: job {array} brings replicas {', '.join(map(str, missing))}")
 
 
-def _record(run: RunDir, manifest: Manifest) -> tuple[list[str], dict[str, str]]:
-    """sbatch's flags and the environment with which the run was submitted."""
+def _record(run: RunDir, manifest: Manifest) -> tuple[list[str], list[str], dict[str, str]]:
+    """sbatch's flags, script and arguments, and the environment, of the run's submission."""
     known = _read(run.submission)
     if known:
-        return list(known["sbatch"][:-1]), dict(known["environment"])
+        return list(known["flags"]), list(known["job"]), dict(known["environment"])
     # By hand: what the manifest says; the rest is this shell's.
-    return ["--export=ALL"], {
-        "TFT_CONFIG": manifest.config,
-        "TFT_EXTRA_ARGS": shlex.join(manifest.extra_args),
-        "TFT_RANKS_PER_NODE": str(manifest.ranks_per_group),
-        "TFT_OUTPUTS": os.path.relpath(run.path.parent.parent),
-    }
+    job = [TORCHTITAN_JOB]
+    if manifest.script:
+        job = [SCRIPT_JOB, manifest.script, *manifest.script_args]
+    flags = ["--export=ALL", f"--nodes={manifest.nodes_per_group}"]
+    return (
+        flags,
+        job,
+        {
+            "TFT_CONFIG": manifest.config,
+            "TFT_EXTRA_ARGS": shlex.join(manifest.extra_args),
+            "TFT_RANKS_PER_NODE": str(manifest.ranks_per_node),
+            "TFT_OUTPUTS": os.path.relpath(run.path.parent.parent),
+        },
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
     raw = read_json(path) or {}
-    if raw and not (isinstance(raw.get("sbatch"), list) and isinstance(raw["environment"], dict)):
+    parts = [raw.get(key) for key in ("flags", "job", "environment")]
+    if raw and [type(part) for part in parts] != [list, list, dict]:
         raise KitError(f"{path} is not a record of a submission")
     return raw
 

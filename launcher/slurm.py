@@ -227,6 +227,28 @@ class Slurm:
         return done
 
 
+def over_nodes(nodes: int, argv: Sequence[str], cpus: str = "") -> list[str]:
+    """The command that runs ``argv`` once on each of the ``nodes`` nodes of the job that it is
+    started in, beside whatever runs there already, and however it ends on the others; ``cpus``: CPUs of each (``SLURM_CPUS_PER_TASK``,
+    which srun does not take from the job itself)."""
+    return [
+        "srun",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        *([f"--cpus-per-task={cpus}"] if cpus else []),
+        "--overlap",
+        "--kill-on-bad-exit=0",
+        "--wait=0",
+        "--export=ALL",
+        "--input=none",
+        "--mpi=none",
+        "--unbuffered",
+        "--quiet",
+        *argv,
+    ]
+
+
 def _task_name(task: str) -> str:
     if not re.fullmatch(r"\d+_\d+", task):
         raise ValueError(f"not an array task's name: {task!r}")

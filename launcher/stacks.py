@@ -17,12 +17,31 @@ import subprocess
 import time
 from pathlib import Path
 
+from launcher.environment import Task
+from launcher.payload import Payload
+from launcher.rundir import RunDir
+
 #: Seconds that ranks get to write their stacks.
 SECONDS = 1.0
 #: Seconds for py-spy, for all ranks.
 PY_SPY_SECONDS = 5.0
 #: Signal on which a rank of ours writes its stacks.
 SIGNAL = signal.SIGQUIT
+
+
+def of_attempt(run: RunDir, task: Task, start: int, payload: Payload | None) -> None:
+    """Have the ranks of a group say what they are doing, before they are killed.
+
+    Args:
+        start: size of the group's structured events when this attempt began.
+        payload: what runs the ranks of a group of several nodes.
+    """
+    if task.nodes and payload is not None:
+        payload.tell(SIGNAL)  # the leader asks on every node
+        time.sleep(patience())
+        return
+    folder, events = run.ranks(task.replica, task.attempt), run.events(task.replica)
+    collect(folder, events, attempt=task.attempt, start=start)
 
 
 def collect(folder: Path, events: Path, *, attempt: int, start: int) -> list[Path]:
@@ -42,6 +61,11 @@ def collect(folder: Path, events: Path, *, attempt: int, start: int) -> list[Pat
     if shutil.which("py-spy"):
         _py_spy(folder, pids)
     return sorted([*folder.glob("stacks.*.txt"), *folder.glob("py-spy.*.txt")])
+
+
+def patience() -> float:
+    """Seconds that ``collect`` takes at most, on another node."""
+    return SECONDS + 0.5 + (PY_SPY_SECONDS if shutil.which("py-spy") else 0.0)
 
 
 def rank_pids(events: Path, attempt: int, start: int = 0) -> dict[int, int]:

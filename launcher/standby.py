@@ -38,11 +38,7 @@ class Standby:
             OSError: it cannot be made.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        _clear_stale()
-        # Ranks that are just being killed may still write there.
-        self._local = tempfile.TemporaryDirectory(
-            prefix=f"{PREFIX}{os.getpid()}-", ignore_cleanup_errors=True
-        )
+        self._local = local_folder()
         self._assignment = Path(self._local.name) / "assignment.json"
         self._assignment.touch()
         self._plan = plan
@@ -142,8 +138,14 @@ class Warm:
             standby.end()
 
 
+def local_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder on this node's own disk; those of launchers that were killed are taken away."""
+    _clear_stale()
+    # Ranks that are just being killed may still write there.
+    return tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", ignore_cleanup_errors=True)
+
+
 def _clear_stale() -> None:
-    """Take away what launchers left behind that were killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
         pid = folder.name.removeprefix(PREFIX).split("-")[0]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():

@@ -191,6 +191,7 @@ class RunState(Outages):
     def _launch(self, group: Group, event: Event) -> Iterable[Notice]:
         group.attempt = int(event.get("attempt", 1))
         group.host = str(event.get("host", ""))
+        group.nodes = tuple(map(str, event.get("nodes", ()))) or (group.host,)
         group.task = event.get("task")
         group.last_commit, group.ended_ok, group.ended = None, False, False
         group.left = False
@@ -205,7 +206,8 @@ class RunState(Outages):
         if incident is not None:
             incident.started_at, incident.boot = event.t, group.boot
         group.signs = []
-        text = f"replica {group.replica} launched (attempt {group.attempt}) on {group.host}"
+        where = ", ".join(group.nodes)
+        text = f"replica {group.replica} launched (attempt {group.attempt}) on {where}"
         yield Notice(event.t, text)
 
     def _start(self, group: Group, event: Event) -> Iterable[Notice]:
@@ -355,8 +357,9 @@ class RunState(Outages):
     def _exit(self, group: Group, event: Event) -> Iterable[Notice]:
         code, reason = int(event.get("code", 1)), str(event.get("reason", ""))
         group.ended, group.next = True, str(event.get("next", ""))
+        node = str(event.get("node", ""))
         if reason.startswith(UNFIT):
-            self.unfit[group.host] = event.t
+            self.unfit[node or group.host] = event.t
         name = f"replica {group.replica} (attempt {group.attempt})"
         if code == 0:
             group.ended_ok = True
@@ -371,8 +374,10 @@ class RunState(Outages):
         incident = self.open_incident(group.replica)
         if incident is not None and incident.ended_at is None:
             incident.ended_at = event.t
+            incident.host = node or incident.host
         then = f"; {group.next} ({event.get('why')})" if group.next else ""
-        yield Notice(event.t, f"{name} on {group.host} ended with exit code {code}: {reason}{then}")
+        where = node or ", ".join(group.nodes)
+        yield Notice(event.t, f"{name} on {where} ended with exit code {code}: {reason}{then}")
 
     def _fenced(self, group: Group, event: Event) -> Iterable[Notice]:
         """Said by an old copy of the group; the newer one's state is another matter."""

@@ -27,14 +27,12 @@ from launcher.lighthouse import Address, LighthouseDir, alive, port_holder, resp
 from launcher.lighthouse_child import PORTS
 from launcher.lock import acquire
 from launcher.model import BlindError, KitError, UsageError
-from launcher.replica import manifest_of
+from launcher.opening import SCRIPT_JOB, TORCHTITAN_JOB, manifest_of
 from launcher.rundir import Outputs, RunDir, replace
 from launcher.settings import Resolved, ports
 from launcher.slurm import Slurm
 from launcher.supervisor import start_detached, stop
 
-#: Job scripts, from the repository's root.
-SCRIPT = "llama3.1-8b-pretraining-torchft.sh"
 #: Seconds that another submission of ours may take.
 PATIENCE = 60.0
 
@@ -48,8 +46,10 @@ class Submission:
     training: preflight.Training
     environment: Mapping[str, str]
     """Variables that hand the settings to the tasks."""
-    sbatch: Sequence[str]
-    """sbatch's flags, script and arguments, without the command itself."""
+    flags: Sequence[str]
+    """sbatch's."""
+    job: Sequence[str]
+    """Job script and its arguments."""
     lighthouse: Sequence[str]
     """Command that starts the run's own lighthouse, without its port."""
     replicas: int
@@ -57,10 +57,13 @@ class Submission:
     spares: int
     nodes_per_replica: int
 
+    @property
+    def script(self) -> Sequence[str]:
+        """The user's own training script and its arguments; empty: torchtitan trains."""
+        return self.job[1:]
+
     def lines(self) -> list[str]:
         """The commands in words of a shell, and the script that is submitted."""
-        flags = [flag for flag in self.sbatch if flag.startswith("-")]
-        rest = [word for word in self.sbatch if not word.startswith("-")]
         said = ["# environment of the tasks"]
         said += [f"export {k}={shlex.quote(v)}" for k, v in sorted(self.environment.items())]
         if self.lighthouse:
@@ -73,12 +76,13 @@ class Submission:
         said += [
             "",
             "# run",
-            " \\\n    ".join(["sbatch", *map(shlex.quote, flags), shlex.join(rest)]),
+            " \\\n    ".join(["sbatch", *map(shlex.quote, self.flags), shlex.join(self.job)]),
         ]
-        script = Path(rest[0])
-        return [*said, "", f"# {script}", *script.read_text(encoding="utf-8").splitlines()]
+        text = Path(self.job[0]).read_text(encoding="utf-8")
+        return [*said, "", f"# {self.job[0]}", *text.splitlines()]
 
 
+#: Where lighthouses listen when nobody says.
 DEFAULT_PORTS = "29510-29699"
 
 
@@ -96,20 +100,27 @@ def plan(resolved: Resolved, env: Mapping[str, str]) -> Submission:
     most = resolved.get("max_replicas", replicas)
     if most < replicas:
         raise UsageError(f"--max-replicas {most} is less than --replicas {replicas}")
-    if not Path(SCRIPT).is_file():
+    if not Path(TORCHTITAN_JOB).is_file():
         raise UsageError(f"{Path.cwd()} is not the root of the repository: submit from there")
     handed = resolved.environment()
     if resolved.get("max_replicas"):
         handed["TFT_MAX_REPLICAS"] = str(most)
+    job = [TORCHTITAN_JOB]
+    if script := resolved.get("script"):
+        if resolved.get("config"):
+            raise UsageError("a run has a torchtitan config or a script of yours, not both")
+        job = [SCRIPT_JOB, script, *resolved.get("flags", ())]
+        handed.pop("TFT_EXTRA_ARGS", None)
     site = Site.from_environment({**env, **handed})
-    training = preflight.check(site)
+    training = preflight.check_script(site, script) if script else preflight.check(site)
     spares = site.spares
     return Submission(
         resolved=resolved,
         site=site,
         training=training,
         environment=handed,
-        sbatch=_sbatch(resolved, _indices(replicas, most, spares)),
+        flags=_sbatch(resolved, _indices(replicas, most, spares)),
+        job=job,
         lighthouse=() if resolved.get("lighthouse") else _lighthouse_command(resolved, site),
         replicas=replicas,
         max_replicas=most,
@@ -131,8 +142,8 @@ def _sbatch(resolved: Resolved, array: str) -> list[str]:
     if (nodes := resolved.get("nodes_per_replica", 1)) > 1:
         flags.append(f"--nodes={nodes}")
     if gpus := resolved.get("gpus_per_node"):
-        flags.append(f"--gpus-per-task={gpus}")
-    return [*flags, *resolved.sbatch_flags(), SCRIPT]
+        flags.append(f"--gpus-per-node={gpus}")
+    return [*flags, *resolved.sbatch_flags()]
 
 
 def _lighthouse_command(resolved: Resolved, site: Site) -> list[str]:
@@ -173,14 +184,14 @@ def submit(
         url, folder = _lighthouse(submission, outputs, slurm_with(env), undo, say)
         handed = {**submission.environment, "TORCHFT_LIGHTHOUSE": url}
         slurm = slurm_with({**env, **handed})
-        *flags, script = submission.sbatch
-        array = slurm.submit(flags, script)
+        array = slurm.submit(submission.flags, submission.job[0], submission.script)
         undo.callback(_cancel, slurm, array, say)
         folder.claim(array, slurm)
         run = outputs.run_of_array(array)
         manifest = manifest_of(
             submission.site, submission.training, run, url, folder,
-            replicas=submission.replicas, user=getpass.getuser(),
+            replicas=submission.replicas, nodes=submission.nodes_per_replica,
+            user=getpass.getuser(), script=submission.script,
         )  # fmt: skip
         run.create(manifest)
         keep_record(run, submission, handed)
@@ -191,7 +202,8 @@ def submit(
 def keep_record(run: RunDir, submission: Submission, handed: Mapping[str, str]) -> None:
     """Keep what a later `scale` needs; readable for its owner alone."""
     record = {
-        "sbatch": list(submission.sbatch),
+        "flags": list(submission.flags),
+        "job": list(submission.job),
         "environment": dict(handed),
         "settings": {key: [value, source] for key, value, source in submission.resolved.explain()},
         "submitted": time.time(),

@@ -21,6 +21,9 @@ def submit(
         Path | None,
         typer.Argument(help="torchtitan config (.toml), or a run file (.yaml) that names one."),
     ] = None,
+    script: Annotated[
+        str, typer.Option(help="Training script of your own, in place of a torchtitan config.")
+    ] = "",
     replicas: Annotated[int | None, typer.Option(help="Replica groups.")] = None,
     max_replicas: Annotated[
         int | None, typer.Option(help="Replica groups that the run may grow to.")
@@ -52,7 +55,7 @@ def submit(
 ) -> None:
     """Start a run: its lighthouse, an array of replica groups, and what looks after them.
 
-    What follows ` -- ` are flags of torchtitan: `submit --replicas 4 -- --training.steps 500`.
+    What follows ` -- ` are flags of torchtitan, or of your script: `submit --replicas 4 -- --training.steps 500`.
     Settings come from the command line, the environment, the run file, the cluster profile, in
     this order; docs/settings.md has them all.
     """
@@ -61,6 +64,7 @@ def submit(
 
     run_file = None
     said: dict[str, Any] = {
+        "script": script,
         "replicas": replicas,
         "max_replicas": max_replicas,
         "nodes_per_replica": nodes_per_replica,

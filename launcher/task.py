@@ -1,6 +1,8 @@
 """Entry of the job scripts: ``python -m launcher.task replica``, ``classic``, or
 ``script -- my_train.py --its --own flags``.
 
+``leader`` and ``node`` are the parts of a replica group of several nodes, and started by it.
+
 Beside the command line, not in it: a replica group is away for as long as this takes to start.
 """
 
@@ -37,6 +39,14 @@ def main(words: list[str]) -> int:
             from launcher.classic import run_classic
 
             return run_classic(os.environ, Slurm())
+        if words == ["node"]:
+            from launcher.node import run_node
+
+            return run_node(os.environ)
+        if words[:1] == ["leader"]:
+            from launcher.leader import run_leader
+
+            return run_leader(words[1:], os.environ)
     except KitError as error:
         complain(f"error: {error}")
         return error.exit_code

@@ -175,7 +175,7 @@ def figures(update: Update) -> dict[str, float]:
 
 
 def _table(incidents: Iterable[Incident]) -> list[dict[str, Any]]:
-    return [{**incident_as_data(incident), "host": incident.host} for incident in incidents]
+    return [{**incident_as_data(incident), "host": incident.where} for incident in incidents]
 
 
 def _alerts(update: Update) -> list[tuple[str, str]]:
@@ -184,7 +184,7 @@ def _alerts(update: Update) -> list[tuple[str, str]]:
         *(
             (
                 f"{i.who} lost",
-                f"At step {i.lost_at_step}{f' on {i.host}' if i.host else ''}: {i.why}; {there}",
+                f"At step {i.lost_at_step}{f' on {i.where}' if i.where else ''}: {i.why}; {there}",
             )
             for i in update.lost
         ),

@@ -94,8 +94,9 @@ class Watcher:
         older = run.lighthouse_log.with_name(run.lighthouse_log.name + ".1")
         logs = [_lighthouse(run.lighthouse_log, older)]
         for replica in range(manifest.group_size):
-            path = run.events(replica)
-            logs.append(Log(Tail(path), ReplicaEventReader(path.name), lambda event: True))
+            for node in range(manifest.nodes_per_group):
+                path = run.events(replica, node)
+                logs.append(Log(Tail(path), ReplicaEventReader(path.name), lambda event: True))
             # The text logs tell again what the structured events say: only the rest is news.
             logs += [
                 _text(run.log(replica, stream), replica, lambda e: e.kind in TEXT_ONLY_KINDS)
@@ -109,7 +110,8 @@ class Watcher:
             ]
         acts = run.guardian_events
         logs.append(Log(Tail(acts), ReplicaEventReader(acts.name), lambda event: True))
-        state = RunState(manifest.replicas or manifest.group_size, manifest.steps)
+        size = manifest.replicas or manifest.group_size
+        state = RunState(size, manifest.steps, manifest.nodes_per_group)
         return cls(logs, state, run=run, slurm=slurm)
 
     @classmethod
@@ -232,7 +234,7 @@ class Watcher:
         every = ASK_EAGERLY if away else ASK_EVERY
         if self._answer is None and time.monotonic() - self._asked >= every:
             self._asked = time.monotonic()
-            lost = any(i.host and i.recovered_at is None for i in self.state.incidents)
+            lost = any(i.where and i.recovered_at is None for i in self.state.incidents)
             every = 0.0 if lost else ASK_NODES_EVERY
             self._answer = self._side.submit(
                 self._ask_jobs_and_nodes, self._slurm, self._run, every

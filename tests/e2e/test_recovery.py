@@ -57,8 +57,8 @@ class Training:
             lambda: min(g.step for g in self.state.groups.values()) > at + 3, 60, "all go on"
         )
 
-    def rank(self, replica: int) -> psutil.Process:
-        lines = self.run.events(replica).read_text().splitlines()
+    def rank(self, replica: int, node: int = 0) -> psutil.Process:
+        lines = self.run.events(replica, node).read_text().splitlines()
         starts = [e for e in map(json.loads, lines) if e["kind"] == "start"]
         return psutil.Process(starts[-1]["pid"])
 
@@ -83,8 +83,10 @@ class Training:
 
 
 @contextlib.contextmanager
-def training(cluster: Workspace, sandbox: Sandbox, tasks: int = 2) -> Iterator[Training]:
-    job = int(cluster.sh("sbatch", "--parsable", f"--array=0-{tasks - 1}", SCRIPT))
+def training(
+    cluster: Workspace, sandbox: Sandbox, tasks: int = 2, *flags: str
+) -> Iterator[Training]:
+    job = int(cluster.sh("sbatch", "--parsable", *flags, f"--array=0-{tasks - 1}", SCRIPT))
     going = Training(cluster, sandbox, job)
     try:
         with going.watcher:

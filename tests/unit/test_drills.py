@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 from collections.abc import Callable, Sequence
@@ -235,6 +236,25 @@ def aimed(scene: tuple[RunDir, Manifest], fake_run: FakeRun, kind: str, **choice
     env = choice.pop("env", {})
     fake_run.on("squeue", "--noheader", "--array", out="61|60|1|RUNNING|w1|N/A|None\n")
     return aim(KINDS[kind], *scene, training(), Slurm(fake_run), env, **choice)
+
+
+def test_a_rank_of_a_group_of_several_nodes_is_hit_where_it_is(
+    scene: tuple[RunDir, Manifest], fake_run: FakeRun
+) -> None:
+    run, manifest = scene
+    manifest = dataclasses.replace(manifest, nodes_per_group=2, ranks_per_group=2)
+    for node, pid in ((0, 700), (1, 701)):
+        start = {"kind": "start", "rank": node, "attempt": 1, "pid": pid}
+        run.events(1, node).write_text(json.dumps(start, separators=(",", ":")) + "\n")
+    state = training()
+    state.groups[1].nodes = ("w1", "w5")
+    fake_run.on("squeue", "--noheader", "--array", out="61|60|1|RUNNING|w[1,5]|N/A|None\n")
+    targets = {}
+    for choice in ({"rank": 0}, {"rank": 1}, {"node": "w5"}):
+        target = aim(KINDS["kill-rank"], run, manifest, state, Slurm(fake_run), {}, **choice)
+        targets[str(choice)] = (target.replica, target.node, target.pids[target.rank])
+        assert f"--nodelist={target.node}" in target.at_node
+    assert list(targets.values()) == [(1, "w1", 700), (1, "w5", 701), (1, "w5", 701)]
 
 
 def test_only_a_group_of_this_run_is_aimed_at(

@@ -275,6 +275,64 @@ def test_a_lost_nodes_task_starts_elsewhere_or_when_the_old_copy_has_ended() -> 
     assert [a.exclude for a in needed(replace(small, now=120.0, nodes=down))] == [("w1",)]
 
 
+def of_two_nodes() -> RunState:
+    """Group 0 on w0 and w1, group 1 on w2 and w3."""
+    state = training()
+    state.nodes_per_group = 2
+    for replica, group in state.groups.items():
+        group.nodes = (f"w{2 * replica}", f"w{2 * replica + 1}")
+        group.host = group.nodes[0]
+    return state
+
+
+def test_of_several_nodes_the_one_that_is_down_is_left_out() -> None:
+    state = of_two_nodes()
+    say(state, 112.0, "slurm_cancelled", 1, due="NODE FAILURE")
+    say(state, 113.5, "membership", None, quorum_id=2, members=[(0, "u0", 20, "")])
+    (incident,) = state.incidents
+    assert (incident.host, incident.where) == ("", "w2, w3")
+    down = {**nodes(5), "w3": Node(name="w3", state="down", reason="x")}
+    state.observe_nodes(down.values(), 113.6)
+    assert incident.host == "w3"
+    begin = [job(0, "RUNNING"), job(1, "PENDING", "BeginTime")]
+    view = View(state=state, now=114.0, jobs=begin, nodes=down)
+    assert [a.exclude for a in needed(view)] == [("w3",)]
+    # It was back before anybody looked: it may be either, and both are left out where there is room.
+    assert [a.exclude for a in needed(replace(view, nodes=nodes(6)))] == [("w2", "w3")]
+    tight = replace(view, nodes=nodes(5))
+    assert not needed(tight)
+    assert [a.exclude for a in needed(replace(tight, now=150.0))] == [()]
+    # A spare of two nodes stands ready, the lost one not among them.
+    spare = Spare(task=2, host="w4", t=114.0)
+    assert ("take_over", 1) in kinds(replace(view, spares=[spare]))
+    assert ("take_over", 1) not in kinds(replace(view, spares=[replace(spare, host="w3")]))
+
+
+def test_of_several_nodes_the_one_to_blame_is_left_out() -> None:
+    state = of_two_nodes()
+    why = {"reason": "unfit node: w3: the fan is off", "node": "w3", "next": "requeued"}
+    say(state, 112.0, "exit", 1, code=75, **why)
+    assert list(state.unfit) == ["w3"]
+    (incident,) = state.incidents
+    assert (incident.host, incident.nodes) == ("w3", ("w2", "w3"))
+    begin = [job(0, "RUNNING"), job(1, "PENDING", "BeginTime")]
+    view = View(state=state, now=115.0, jobs=begin, nodes=nodes(5))
+    assert [a.exclude for a in needed(view)] == [("w3",)]
+    # Four nodes are needed, and there are four.
+    assert [a.exclude for a in needed(replace(view, nodes=nodes(4)))] == [()]
+
+
+def test_a_group_with_a_node_that_does_not_respond_gets_no_orders() -> None:
+    state = of_two_nodes()
+    say(state, 112.0, "membership", None, quorum_id=2, members=[(0, "u0", 20, "")])
+    view = View(
+        state=state, now=113.0 + SILENT_SECONDS, jobs=[job(0, "RUNNING"), job(1, "RUNNING")]
+    )
+    assert kinds(view) == [("restart", 1)]
+    silent = {"w3": Node(name="w3", state="mix*", reason="Not responding")}
+    assert not needed(replace(view, nodes=silent))
+
+
 def test_a_requeue_by_a_person_need_not_leave_the_node() -> None:
     state = training()
     say(state, 112.0, "slurm_cancelled", 1, due="JOB REQUEUE")

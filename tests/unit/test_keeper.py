@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher import keeper, lease, nodecheck, orders, restarts, spares
+from launcher import keeper, lease, nodecheck, orders, restarts, spares, stacks
 from launcher.config import Site
 from launcher.environment import Task
 from launcher.keeper import ELSEWHERE_CODE, Keeper
@@ -40,7 +40,12 @@ def keep(run: RunDir, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> Cal
     monkeypatch.setattr(keeper, "STAND_BY_EVERY", 0.05)
 
     def make(
-        *texts: str, limits: Limits | None = None, host: str = "w0", index: int = 1, warm: str = "1"
+        *texts: str,
+        limits: Limits | None = None,
+        host: str = "w0",
+        index: int = 1,
+        warm: str = "1",
+        nodes: tuple[str, ...] = (),
     ) -> Keeper:
         def flags(task: Task) -> list[str]:
             return [texts[min(task.attempt, len(texts)) - 1]]
@@ -60,7 +65,9 @@ def keep(run: RunDir, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> Cal
             argv=argv,
             slurm_task="50_1",
         )
-        return Keeper(plan, Task(replica=index, index=index, node=host), Slurm(fake_run))
+        return Keeper(
+            plan, Task(replica=index, index=index, node=host, nodes=nodes), Slurm(fake_run)
+        )
 
     return make
 
@@ -130,6 +137,42 @@ def test_an_order_ends_a_hung_attempt(keep: Callable[..., Keeper], run: RunDir) 
     assert keep(hang, "").run() == 0
     assert time.monotonic() - started < 20
     assert events(run, "exit")[0]["reason"] == "hung: in a test"
+
+
+def test_of_several_nodes_the_one_to_blame_is_remembered(
+    keep: Callable[..., Keeper], run: RunDir, fake_run: FakeRun
+) -> None:
+    unfit = (
+        "import json, os, sys\n"
+        "told = [{'unfit': 'w1: the fan is off', 'node': 'w1'}]\n"
+        "json.dump(told, open(os.environ['TFT_FAILURES'], 'w')); sys.exit(1)"
+    )
+    fake_run.on("scontrol", "requeue", "50_1")
+    assert keep(FAIL, unfit, nodes=("w0", "w1")).run() == ELSEWHERE_CODE
+    crash, left = events(run, "exit")
+    assert (crash["node"], left["node"]) == ("", "w1")
+    assert left["reason"] == "unfit node: w1: the fan is off"
+    assert left["why"] == "w1 is unfit"
+    assert [ending.host for ending in endings_in(run.endings(1))] == ["w0, w1", "w1"]
+    assert events(run, "launch")[0]["nodes"] == ["w0", "w1"]
+
+
+def test_the_leader_of_several_nodes_is_asked_for_their_stacks(
+    keep: Callable[..., Keeper], run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "SECONDS", 0.1)
+    asked = tmp_path / "asked"
+    hang = (
+        "import signal, sys, time\n"
+        f"signal.signal(signal.SIGQUIT, lambda *a: open({str(asked)!r}, 'w').close())\n"
+        f"sys.path.insert(0, {str(Path(keeper.__file__).parent.parent)!r})\n"
+        "from launcher import orders\n"
+        "from pathlib import Path\n"
+        f"orders.give(Path({str(run.orders)!r}), 'restart', replica=1, attempt=1, why='hung: x')\n"
+        "while True: time.sleep(1)"
+    )
+    assert keep(hang, "", nodes=("w0", "w1")).run() == 0
+    assert asked.exists()
 
 
 def test_an_old_copy_is_fenced(keep: Callable[..., Keeper], run: RunDir) -> None:

@@ -44,6 +44,15 @@ def test_the_time_is_the_lines_own(kind: str) -> None:
     assert 1795181000 < event.t < 1795187000
 
 
+def test_a_step_that_is_cancelled_without_a_reason_is_no_sign() -> None:
+    """Slurm 22.05.8 prints it when the srun of a group of several nodes is killed by its own launcher."""
+    step = "slurmstepd-worker-2: error: *** STEP 5280600.3 ON worker-2 CANCELLED AT 2026-11-21T17:07:08"
+    ends = {" ***": [], " DUE TO NODE FAILURE, SEE SLURMCTLD LOG ***": ["NODE FAILURE"]}
+    for end, due in ends.items():
+        found = ReplicaLogReader("sample", replica=1).read(0, f"{step}{end}\n".encode())
+        assert [event.get("due") for event in found] == due
+
+
 def test_a_line_without_a_time_happened_with_the_one_before() -> None:
     text = (
         b"[rank0]:[titan] 2026-11-20 14:31:46,888 - root - INFO - hello\n"

@@ -156,3 +156,20 @@ def test_the_watcher_asks_for_nodes_more_often_while_a_group_is_lost(
         assert asked() == 4
         assert watcher.state.incidents[0].why == "node unreachable"
     assert told.count("node worker-1 of replica 1 does not respond (Slurm: down*)") == 1
+
+
+def test_of_several_nodes_the_silent_one_is_named() -> None:
+    state = RunState(2, nodes_per_group=2)
+    names = ["worker-7", "worker-1"]
+    (launched,) = state.apply(said(1.0, "launch", attempt=1, host=names[0], nodes=names))
+    assert launched.text == "replica 1 launched (attempt 1) on worker-7, worker-1"
+    group = state.groups[1]
+    assert (group.host, group.nodes, group.where) == ("worker-7", tuple(names), "worker-7 +1")
+    state.apply(membership(2.0, 0, 1))
+    state.apply(membership(100.0, 0))
+    (incident,) = state.incidents
+    assert (incident.host, incident.where) == ("", "worker-7, worker-1")
+    silent = Node(name="worker-1", state="mix*", reason="")
+    (notice,) = state.observe_nodes([Node(name="worker-7", state="mix", reason=""), silent], 103.0)
+    assert notice.text == "node worker-1 of replica 1 does not respond (Slurm: mix*)"
+    assert (incident.host, incident.why) == ("worker-1", "node unreachable")

@@ -19,6 +19,7 @@ import pytest
 from launcher import lighthouse, nodecheck
 from launcher.config import Site
 from launcher.environment import Task, replica_environment
+from launcher.leader import Spread
 from launcher.lighthouse import LighthouseDir
 from launcher.model import BlindError, UsageError
 from launcher.payload import Payload, why
@@ -161,7 +162,6 @@ def test_a_task_requeued_after_the_run_has_finished_does_not_train_again_alone(
         ({"TORCHFT_LIGHTHOUSE": "http://127.0.0.1:9"}, "cannot be reached.*lighthouse status"),
         ({"TORCHFT_LIGHTHOUSE": ""}, "(?s)no lighthouse is published.*lighthouse up"),
         ({"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "4"}, "must be 0 to N-1"),
-        ({"SLURM_JOB_NUM_NODES": "2"}, "one node"),
         ({"TFT_EXTRA_ARGS": "--fault_tolerance.no-enable"}, "must not set"),
         ({"TORCHFT_TIMEOUT_SEC": "9" * 20}, "below a million"),
         ({"TFT_MIN_STEP_SECONDS": "inf"}, "TFT_MIN_STEP_SECONDS"),
@@ -176,11 +176,60 @@ def test_what_is_missing_is_said_and_nothing_is_started(
     change: dict[str, str],
     says: str,
 ) -> None:
-    monkeypatch.setattr("launcher.replica.LIGHTHOUSE_PATIENCE", 0.0)
+    monkeypatch.setattr("launcher.opening.LIGHTHOUSE_PATIENCE", 0.0)
     with pytest.raises(UsageError, match=says):
         run_replica(env | change, Slurm(fake_run))
     assert not torchrun
     assert not list(Path().glob("outputs/torchft/tft-*"))
+
+
+TWO_NODES = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "worker-[0-1]"}
+
+
+def test_a_group_of_several_nodes_is_led_from_the_first(
+    env: dict[str, str],
+    torchrun: list[Payload],
+    fake_run: FakeRun,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake_run.on("scontrol", "show", "hostnames", "worker-[0-1]", out="worker-0\nworker-1\n")
+    assert run_replica(env | TWO_NODES, Slurm(fake_run)) == 0
+    (payload,) = torchrun
+    run = Outputs(Path("outputs").absolute()).find("50")
+    words = payload._argv
+    spread = Spread.of_argv(words[words.index("leader") + 1 :])
+    assert spread.nodes == ("worker-1", "worker-0"), "the launcher's own node is the first"
+    assert (spread.ranks_per_node, spread.log_dir) == (8, run.ranks(1, 1))
+    assert spread.flags[-1] == "--fault_tolerance.group_size=4"
+    manifest = run.manifest()
+    assert (manifest.nodes_per_group, manifest.ranks_per_group) == (2, 16)
+    assert manifest.ranks_per_node == 8
+    launch = json.loads(run.events(1).read_text().splitlines()[0])
+    assert (launch["host"], launch["nodes"]) == ("worker-1", ["worker-1", "worker-0"])
+    assert "launching replica 1 (attempt 1) on worker-1, worker-0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"SLURM_JOB_NUM_NODES": "1"}, "has 1 nodes of 8 ranks.* have 2 of 8.*--nodes=2"),
+        ({"SLURM_GPUS_ON_NODE": "4"}, "has 2 nodes of 4 ranks.*--gpus-per-node=8"),
+        ({"SLURMD_NODENAME": "login"}, "seen from login: submit the script with sbatch"),
+    ],
+)
+def test_groups_of_another_shape_are_refused(
+    env: dict[str, str],
+    torchrun: list[Payload],
+    fake_run: FakeRun,
+    change: dict[str, str],
+    says: str,
+) -> None:
+    fake_run.on("scontrol", "show", "hostnames", "worker-[0-1]", out="worker-0\nworker-1\n")
+    run_replica(env | TWO_NODES, Slurm(fake_run))
+    Outputs(Path("outputs").absolute()).find("50").finished.unlink()
+    with pytest.raises(UsageError, match=says):
+        run_replica(env | TWO_NODES | change | {"SLURM_ARRAY_TASK_ID": "2"}, Slurm(fake_run))
+    assert len(torchrun) == 1
 
 
 def test_outside_an_array_it_says_how_to_submit(fake_run: FakeRun) -> None:

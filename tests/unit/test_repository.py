@@ -53,7 +53,11 @@ ORDER = [
     "leaving",
     "plan",
     "standby",
+    "wire",
+    "node",
+    "leader",
     "keeper",
+    "opening",
     "replica",
     "classic",
     "task",
@@ -129,6 +133,14 @@ def test_job_scripts_keep_their_logs_over_a_requeue(script: Path) -> None:
         assert f"#SBATCH {line}\n" in text
     for path in re.findall(r"#SBATCH --(?:output|error)=(\S+)/[^/]+\n", text):
         assert (REPOSITORY / path / ".gitkeep").exists(), "Slurm does not create this folder"
+
+
+@pytest.mark.parametrize("script", sorted(REPOSITORY.glob("*.sh")), ids=lambda path: path.name)
+def test_job_scripts_take_several_nodes(script: Path) -> None:
+    """With a number of tasks in the header, sbatch cuts `--nodes=2` to one, with a mere warning."""
+    text = script.read_text()
+    assert "#SBATCH --ntasks-per-node=1\n#SBATCH --gpus-per-node=8\n" in text
+    assert not re.search(r"#SBATCH --(ntasks|gpus-per-task)=", text)
 
 
 def imports(path: Path) -> set[str]:

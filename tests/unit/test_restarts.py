@@ -58,6 +58,9 @@ def test_the_same_error_twice_before_the_first_step_is_a_mistake() -> None:
     "reason",
     [
         "rank 0 (pid 7) was killed by SIGKILL",
+        "w1 has ended its part without a word",
+        "w0 has not started its part within 60 s",
+        "srun ended with code -9",
         "rank 1 (pid 7) exited with code 1: RuntimeError: Connection reset by peer",
         "rank 1 (pid 7) exited with code 1: RuntimeError: status: DeadlineExceeded, Timeout expired",
         "hung: did not join the quorum that others waited 9 s for",

@@ -49,6 +49,21 @@ def test_a_manifest_from_before_there_were_scripts_is_of_torchtitan(tmp_path: Pa
     assert (run.manifest().script, run.manifest().script_args) == ("", ())
 
 
+def test_a_manifest_of_before_there_were_groups_of_several_nodes_is_read(tmp_path: Path) -> None:
+    run = Outputs(tmp_path).run_of_array(7)
+    run.create(MANIFEST)
+    written = json.loads(run.manifest_path.read_text())
+    del written["nodes_per_group"]
+    run.manifest_path.write_text(json.dumps(written))
+    assert (run.manifest().nodes_per_group, run.manifest().ranks_per_node) == (1, 8)
+
+
+def test_every_node_of_a_group_has_its_own_events(tmp_path: Path) -> None:
+    run = Outputs(tmp_path).run_of_array(7)
+    names = [run.events(3, node).name for node in (0, 1)]
+    assert names == ["tft-7_3.events.jsonl", "tft-7_3.node-1.events.jsonl"]
+
+
 def test_runs_are_found_by_name_id_path_and_age(tmp_path: Path) -> None:
     outputs = Outputs(tmp_path)
     with pytest.raises(UsageError, match="no runs"):

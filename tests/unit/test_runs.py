@@ -76,7 +76,8 @@ def test_what_was_submitted_by_us_grows_with_the_same_flags(
     elastic: RunDir, fake_run: FakeRun
 ) -> None:
     record = {
-        "sbatch": ["--array=0-1", "--export=ALL", "--partition=p", "--dependency=x", "script.sh"],
+        "flags": ["--array=0-1", "--export=ALL", "--partition=p", "--dependency=x"],
+        "job": ["slurm/replica-group.sbatch", "mine.py", "--its flag"],
         "environment": {"TFT_DEVICE": "cpu", "TORCHFT_LIGHTHOUSE": "http://old:1"},
     }
     elastic.submission.write_text(json.dumps(record))
@@ -86,6 +87,7 @@ def test_what_was_submitted_by_us_grows_with_the_same_flags(
     runs.scale(elastic, 3, Slurm(fake_run), {}, say=lambda line: None, slurm_with=slurm_with)
     (call,) = [call for call in fake_run.calls if call[0] == "sbatch"]
     assert "--partition=p" in call
+    assert call[-3:] == ("slurm/replica-group.sbatch", "mine.py", "--its flag")
     assert "--dependency=x" not in call
     assert [word for word in call if word.startswith("--array")] == ["--array=2"]
     assert slurm_with.env == {"TFT_DEVICE": "cpu", "TFT_RUN": "tft-50"}

@@ -14,6 +14,7 @@ import pytest
 from launcher import lighthouse, submission
 from launcher.layers import resolve
 from launcher.model import KitError, UsageError
+from launcher.opening import SCRIPT_JOB, TORCHTITAN_JOB
 from launcher.process import Completed
 from launcher.rundir import Outputs
 from launcher.slurm import Slurm
@@ -101,7 +102,7 @@ def test_the_tasks_get_the_settings_and_the_manifest_says_them(
     run = submission.submit(plan, {"PATH": "x"}, say=told.append, slurm_with=fake.with_env)
     (call,) = fake.calls
     assert call[:3] == ["sbatch", "--parsable", "--array=0-1"]
-    assert call[-1] == submission.SCRIPT
+    assert call[-1] == TORCHTITAN_JOB
     assert fake.env["TFT_CONFIG"] == str(config)
     assert fake.env["TORCHFT_LIGHTHOUSE"] == URL
     assert fake.env["TFT_MAX_REPLICAS"] == "3"
@@ -110,9 +111,32 @@ def test_the_tasks_get_the_settings_and_the_manifest_says_them(
     assert (manifest.group_size, manifest.replicas, manifest.steps) == (3, 2, 7)
     assert manifest.extra_args == ("--job.description", "a 'b' $(c)\nd")
     record = json.loads(run.submission.read_text())
-    assert record["sbatch"][-1] == submission.SCRIPT
+    assert record["job"] == [TORCHTITAN_JOB]
     assert stat.S_IMODE(os.stat(run.submission).st_mode) == 0o600
     assert "tft-77: 2 of 3 replica groups" in submission.next_steps(run, plan)[0]
+
+
+def test_a_script_of_the_users_own_gets_its_flags_as_they_are(tmp_path: Path) -> None:
+    script = tmp_path / "my train.py"
+    script.write_text("")
+    fake = Sbatch()
+    env = {"TFT_OUTPUTS": str(tmp_path / "out"), "TORCHFT_LIGHTHOUSE": URL}
+    said = {"script": str(script), "replicas": 2, "flags": ["--lr", "$(x) 'y'\nz"]}
+    plan = submission.plan(resolve(said, env, profile="sandbox"), env)
+    assert "TFT_EXTRA_ARGS" not in plan.environment
+    run = submission.submit(plan, env, say=lambda line: None, slurm_with=fake.with_env)
+    assert fake.calls[0][-4:] == [SCRIPT_JOB, str(script), "--lr", "$(x) 'y'\nz"]
+    assert run.manifest().script_args == ("--lr", "$(x) 'y'\nz")
+    with pytest.raises(UsageError, match="not both"):
+        submission.plan(resolve({**said, "config": "c.toml"}, env), env)
+
+
+def test_groups_of_several_nodes(config: Path, tmp_path: Path) -> None:
+    plan = planned(config, tmp_path, nodes_per_replica=2)
+    assert "--nodes=2" in plan.flags
+    fake = Sbatch()
+    run = submission.submit(plan, {}, say=lambda line: None, slurm_with=fake.with_env)
+    assert (run.manifest().nodes_per_group, run.manifest().ranks_per_node) == (2, 2)
 
 
 def test_a_refused_job_leaves_nothing(config: Path, tmp_path: Path) -> None:

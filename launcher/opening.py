@@ -1,0 +1,206 @@
+"""Which run an array task belongs to, and what that run is: from Slurm's variables to its manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from launcher import lighthouse, preflight
+from launcher.config import Site
+from launcher.environment import Task
+from launcher.lighthouse import LighthouseDir
+from launcher.model import UsageError
+from launcher.rundir import Manifest, Outputs, RunDir
+from launcher.slurm import Slurm
+
+_ARRAY = ("JOB_ID", "TASK_ID", "TASK_COUNT", "TASK_MIN", "TASK_MAX")
+_PACKAGES = ("torch", "torchft-nightly", "torchtitan")
+#: Job script of the groups that torchtitan trains, and of those that a script of the user's does.
+TORCHTITAN_JOB, SCRIPT_JOB = "llama3.1-8b-pretraining-torchft.sh", "slurm/replica-group.sbatch"
+#: Seconds that a lighthouse may be away while a replica group starts (a restart of it).
+LIGHTHOUSE_PATIENCE = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayTask:
+    """One task of a Slurm array, as Slurm's variables have it."""
+
+    array: int
+    """The array's job id."""
+    task: Task
+    count: int
+    """Tasks of the array."""
+
+    @property
+    def name(self) -> str:
+        """As Slurm's commands take it."""
+        return f"{self.array}_{self.task.index}"
+
+
+def enter(
+    site: Site, env: Mapping[str, str], slurm: Slurm, script: Sequence[str]
+) -> tuple[RunDir, Manifest, ArrayTask]:
+    """The run that this task is to train in: one that is there, or its array's own.
+
+    Args:
+        script: the user's own training script and its arguments; empty: torchtitan trains.
+
+    Raises:
+        KitError: something is missing or does not fit; nothing was started.
+    """
+    job = f"{SCRIPT_JOB} my_train.py" if script else TORCHTITAN_JOB
+    mine = _array_task(env, slurm, job, any_index=bool(site.run or site.max_replicas))
+    if site.spares >= mine.count and not site.run:
+        raise UsageError(
+            f"TFT_SPARES={site.spares} of {mine.count} array tasks leaves no replica group: submit "
+            "--array=0-N with one task for each group and one for each spare"
+        )
+    training = preflight.check_script(site, script[0]) if script else preflight.check(site)
+    outputs = Outputs(site.outputs.absolute())
+    run = outputs.find(site.run) if site.run else outputs.run_of_array(mine.array)
+    url, folder = _lighthouse(site, outputs, run)
+    lighthouse.require_answer(url, patience=LIGHTHOUSE_PATIENCE)
+    if site.run:
+        run.join(mine.array)
+    folder.claim(run.number, slurm)
+    if not run.manifest_path.exists():
+        try:
+            lighthouse.refuse_strangers(url)
+        except UsageError:
+            folder.release(run.number)
+            raise
+    first = manifest_of(
+        site,
+        training,
+        run,
+        url,
+        folder,
+        replicas=mine.count - site.spares,
+        nodes=max(1, len(mine.task.nodes)),
+        user=env.get("SLURM_JOB_USER", ""),
+        script=script,
+    )
+    manifest = run.create(first)
+    _refuse_misfits(site, run, manifest, mine.task)
+    return run, manifest, mine
+
+
+def manifest_of(
+    site: Site,
+    training: preflight.Training,
+    run: RunDir,
+    url: str,
+    folder: LighthouseDir,
+    *,
+    replicas: int,
+    nodes: int,
+    user: str,
+    script: Sequence[str] = (),
+) -> Manifest:
+    """What is fixed for the whole life of a run, as whoever comes first writes it."""
+    return Manifest(
+        run=run.name,
+        array_job_id=run.number,
+        group_size=site.max_replicas or replicas,
+        replicas=replicas,
+        spares=site.spares,
+        ranks_per_group=site.ranks_per_node * nodes,
+        nodes_per_group=nodes,
+        config="" if script else str(site.config),
+        extra_args=site.extra_args,
+        script=script[0] if script else "",
+        script_args=tuple(script[1:]),
+        lighthouse=url,
+        lighthouse_name=folder.path.name,
+        steps=training.steps,
+        submitted_by=user,
+        created=time.time(),
+        versions=_versions(),
+        settings=training.settings,
+    )
+
+
+def _lighthouse(site: Site, outputs: Outputs, run: RunDir) -> tuple[str, LighthouseDir]:
+    """The lighthouse that was set by hand, else that of the run to join, else the published one."""
+    if site.run and not site.lighthouse:
+        manifest = run.manifest()
+        folder = LighthouseDir.of_run(run, manifest)
+        address = folder.address()
+        return address.url if address is not None else manifest.lighthouse, folder
+    return lighthouse.discover(outputs, site.lighthouse)
+
+
+def _refuse_misfits(site: Site, run: RunDir, manifest: Manifest, task: Task) -> None:
+    if task.index >= manifest.group_size + manifest.spares:
+        raise UsageError(
+            f"replica {task.index} is outside run {run.name}, which has {manifest.group_size} "
+            f"replica groups (0 and up) and {manifest.spares} spares; its data is split by the former"
+        )
+    nodes = max(1, len(task.nodes))
+    if (manifest.nodes_per_group, manifest.ranks_per_node) != (nodes, site.ranks_per_node):
+        raise UsageError(
+            f"replica {task.index} has {nodes} nodes of {site.ranks_per_node} ranks, and those of run "
+            f"{run.name} have {manifest.nodes_per_group} of {manifest.ranks_per_node}: replica groups "
+            "exchange gradients rank by rank and must be of one shape; submit with --nodes="
+            f"{manifest.nodes_per_group} --gpus-per-node={manifest.ranks_per_node}"
+        )
+
+
+def _array_task(env: Mapping[str, str], slurm: Slurm, job: str, *, any_index: bool) -> ArrayTask:
+    """This task, from Slurm's variables.
+
+    Args:
+        job: the job script and its arguments, for the remedy in an error.
+        any_index: whether the array's indices may be others than 0 to N-1.
+
+    Raises:
+        UsageError: not in an array, or one whose indices cannot be replica ids.
+    """
+    if any(f"SLURM_ARRAY_{name}" not in env for name in _ARRAY):
+        raise UsageError(
+            f"not in a Slurm array: submit with `sbatch --array=0-3 {job}` for four replica groups"
+        )
+    count = int(env["SLURM_ARRAY_TASK_COUNT"])
+    lowest, highest = int(env["SLURM_ARRAY_TASK_MIN"]), int(env["SLURM_ARRAY_TASK_MAX"])
+    if (lowest, highest) != (0, count - 1) and not any_index:
+        raise UsageError(
+            f"the array's indices run from {lowest} to {highest} in {count} tasks; they are the "
+            f"replica ids and must be 0 to N-1: submit with --array=0-{count - 1} (or set TFT_RUN "
+            "to the run that they are to join)"
+        )
+    index = int(env["SLURM_ARRAY_TASK_ID"])
+    node = env.get("SLURMD_NODENAME") or os.uname().nodename
+    task = Task(replica=index, index=index, node=node, nodes=_nodes(env, slurm, node))
+    return ArrayTask(int(env["SLURM_ARRAY_JOB_ID"]), task, count)
+
+
+def _nodes(env: Mapping[str, str], slurm: Slurm, first: str) -> tuple[str, ...]:
+    """Nodes of a task that has several, this one first; empty when this is all.
+
+    Raises:
+        UsageError: Slurm does not say which they are.
+        SlurmError: the list of them cannot be read.
+    """
+    count = int(env.get("SLURM_JOB_NUM_NODES") or "1")
+    if count == 1:
+        return ()
+    names = slurm.hostnames(env.get("SLURM_JOB_NODELIST", ""))
+    if first not in names or len(names) != count:
+        raise UsageError(
+            f"Slurm gave this task {count} nodes, and its list of them is {', '.join(names)!r}, "
+            f"seen from {first}: submit the script with sbatch, not with srun or salloc"
+        )
+    return (first, *(name for name in names if name != first))
+
+
+def _versions() -> dict[str, str]:
+    """Of what is installed: a script may need no torchtitan."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
