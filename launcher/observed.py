@@ -12,7 +12,7 @@ from launcher.incidents import SIGN_WINDOW, Cause, Incident, Sign, unreachable_s
 from launcher.lighthouse_log import Waiting
 from launcher.model import GroupState
 from launcher.slurm import Job, Node
-from launcher.stalls import patience, silent
+from launcher.stalls import silent, stalls_at
 from launcher.weights import WeightLedger
 
 #: Incidents kept; older ones are only counted.
@@ -178,7 +178,7 @@ class Observed:
             if group.replica in stalled:
                 if group.state is not GroupState.STALLED:
                     group.before_stall = group.state
-                since = (waiting.since or now) + patience(self.groups.values())
+                since = stalls_at(waiting, group, self.groups.values())
                 self.enter(group, GroupState.STALLED, since)
             elif group.state is GroupState.STALLED:
                 self.enter(group, group.before_stall, now)

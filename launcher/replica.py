@@ -14,6 +14,7 @@ from launcher.command import Torchrun, replica_flags, wandb_flags
 from launcher.config import Site
 from launcher.environment import Task
 from launcher.keeper import Keeper
+from launcher.methods import METHODS, lighthouse_problem
 from launcher.model import UsageError
 from launcher.payload import say
 from launcher.plan import Plan
@@ -40,10 +41,14 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
             f"TFT_SPARES={site.spares} of {count} array tasks leaves no replica group: submit "
             "--array=0-N with one task for each group and one for each spare"
         )
-    training = preflight.check(site)
+    training = preflight.check(site, count - site.spares)
     outputs = Outputs(site.outputs.absolute())
     url, folder = lighthouse.discover(outputs, site.lighthouse)
     lighthouse.require_answer(url, patience=LIGHTHOUSE_PATIENCE)
+    address = folder.address()
+    waits = 0 if address is None else address.join_timeout_ms
+    if problem := lighthouse_problem(training.method, count - site.spares, waits):
+        raise UsageError(problem)
     run = outputs.run_of_array(array_id)
     folder.claim(array_id, slurm)
     if not run.manifest_path.exists():
@@ -61,6 +66,8 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
             ranks_per_group=site.ranks_per_node,
             config=str(site.config),
             extra_args=site.extra_args,
+            method=training.method.name,
+            sync_every=1 if training.schedule is None else training.schedule.every,
             lighthouse=url,
             lighthouse_name=folder.path.name,
             steps=training.steps,
@@ -80,6 +87,9 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
         say(f"run {run.name} has finished: nothing is left to train for replica {task.replica}")
         note(run, task, "exit", code=0, reason="the run has finished")
         return 0
+    if task.index == 0:
+        for line in training.lines:
+            say(line)
     plan = Plan(
         env=env,
         site=site,
@@ -98,7 +108,11 @@ def _flags(env: Mapping[str, str], manifest: Manifest, run: RunDir, task: Task) 
     return replica_flags(
         manifest.config,
         run.path,
-        [*wandb_flags(env, manifest.settings, manifest.extra_args), *manifest.extra_args],
+        [
+            *METHODS[manifest.method].flags(manifest.settings),
+            *wandb_flags(env, manifest.settings, manifest.extra_args),
+            *manifest.extra_args,
+        ],
         replica=task.replica,
         group_size=manifest.group_size,
     )

@@ -45,6 +45,10 @@ class Manifest:
     config: str
     """Path of the torchtitan config file, as given."""
     extra_args: tuple[str, ...] = ()
+    method: str = "hsdp"
+    """How its replica groups learn together, of ``methods.METHODS``."""
+    sync_every: int = 1
+    """Steps of a group between two syncs with the others."""
     lighthouse: str = ""
     """URL of its lighthouse when it started; it may have moved since."""
     lighthouse_name: str = ""

@@ -114,10 +114,11 @@ class RunState(Outages):
         incident.rejoined_at = incident.healed_at = None  # it may be lost again before it was back
         waited = event.get("waited")
         if waited is not None and waited.since is not None and replica not in waited.requested:
-            seconds = event.t - waited.since
-            ended = incident.end_told(waited.since + HANG_SECONDS)  # another one was waited for
+            since = max(waited.since, group.progress_at)
+            seconds = event.t - since
+            ended = incident.end_told(since + HANG_SECONDS)  # another one was waited for
             if waited.requested and seconds > HANG_SECONDS and not ended:
-                incident.explain([hang_sign(waited.since, seconds, event.source)])
+                incident.explain([hang_sign(since, seconds, event.source)])
         if group.state not in (GroupState.STARTING, GroupState.REQUEUED):
             self.enter(group, GroupState.LOST, event.t)
         return incident
@@ -180,6 +181,7 @@ class RunState(Outages):
         group.gpus, group.ecc_before = {}, {}
         group.boot, group.boot_at, group.launched_at = {}, event.t, event.t
         group.busy_seconds, group.busy_samples = None, 0
+        group.progress_at, group.progress_step, group.own_step_seconds = 0.0, None, None
         self.enter(group, GroupState.STARTING, event.t)
         incident = self.open_incident(group.replica)
         if incident is None and group.attempt > 1 and group.signs:
@@ -297,6 +299,11 @@ class RunState(Outages):
             mean = group.busy_seconds
             group.busy_seconds = busy if mean is None else mean + BUSY_WEIGHT * (busy - mean)
             group.busy_samples += 1
+        return ()
+
+    def _progress(self, group: Group, event: Event) -> Iterable[Notice]:
+        step = event.get("titan_step")
+        group.progressed(event.t, step if isinstance(step, int) else None)
         return ()
 
     def _gpu(self, group: Group, event: Event) -> Iterable[Notice]:
