@@ -228,15 +228,18 @@ def _status(state: RunState) -> str:
 
 def _facts(manifest: Manifest, state: RunState, start: float, end: float) -> list[tuple[str, str]]:
     total = f" of {state.steps:,}" if state.steps is not None else ""
+    if state.sync_every > 1:
+        total = f", one every {state.sync_every:,} steps{total},"
     flags = " ".join(manifest.extra_args)
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     facts = [
         ("Configuration", manifest.config + (f" {flags}" if flags else "")),
+        ("Method", manifest.method),
         (
             "Replica groups",
             f"{manifest.group_size}, of {plural(manifest.ranks_per_group, 'rank')} each",
         ),
-        ("Steps", f"{state.step:,}{total} committed"),
+        (f"{state.counted.capitalize()}s", f"{state.step:,}{total} committed"),
         ("Duration", f"{seconds(max(0.0, end - start))}, from {clock(start, date=True)}"),
         ("Quorum", f"{len(state.members)} of {state.size}, id {state.quorum_id}"),
         ("Versions", versions or "not recorded"),

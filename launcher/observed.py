@@ -35,6 +35,8 @@ class Observed:
     """Replica groups of the whole run; 0 when it is not known (bare logs)."""
     steps: int | None = None
     """Last step of the training, when it is known."""
+    sync_every: int = 1
+    """Steps of a group between two syncs; every commit is one, and ``step`` counts those."""
     groups: dict[int, Group] = field(default_factory=dict)
     quorum_id: int = 0
     quorum_since: float | None = None
@@ -67,6 +69,11 @@ class Observed:
     @property
     def size(self) -> int:
         return self.group_size or len(self.groups)
+
+    @property
+    def counted(self) -> str:
+        """What ``step`` counts, in a word."""
+        return "sync" if self.sync_every > 1 else "step"
 
     @property
     def finished(self) -> bool:

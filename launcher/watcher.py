@@ -107,7 +107,7 @@ class Watcher:
             ]
         acts = run.guardian_events
         logs.append(Log(Tail(acts), ReplicaEventReader(acts.name), lambda event: True))
-        state = RunState(manifest.group_size, manifest.steps)
+        state = RunState(manifest.group_size, manifest.steps, manifest.sync_every)
         return cls(logs, state, job=manifest.array_job_id, slurm=slurm)
 
     @classmethod

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -83,8 +83,10 @@ class Training:
 
 
 @contextlib.contextmanager
-def training(cluster: Workspace, sandbox: Sandbox, tasks: int = 2) -> Iterator[Training]:
-    job = int(cluster.sh("sbatch", "--parsable", f"--array=0-{tasks - 1}", SCRIPT))
+def training(
+    cluster: Workspace, sandbox: Sandbox, tasks: int = 2, flags: Sequence[str] = ()
+) -> Iterator[Training]:
+    job = int(cluster.sh("sbatch", "--parsable", f"--array=0-{tasks - 1}", *flags, SCRIPT))
     going = Training(cluster, sandbox, job)
     try:
         with going.watcher:
