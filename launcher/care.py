@@ -206,7 +206,9 @@ def _taken_over(view: View) -> Iterator[Action]:
 
 def _out(view: View, group: Group) -> bool:
     """Whether a group is away, and not just about to come back by itself."""
-    if group.replica in view.state.members:
+    # Between two syncs there is no quorum that would tell: its own last word does.
+    ended = group.ended and view.state.sync_every > 1
+    if group.replica in view.state.members and not ended:
         return False
     starting = group.state is GroupState.STARTING and view.now - group.since > ALMOST_THERE
     return group.state is not GroupState.DONE and not starting

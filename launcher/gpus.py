@@ -106,7 +106,9 @@ def capability(nvml: Any = None) -> tuple[int, int] | None:
     """Lowest CUDA compute capability of this node's GPUs; None when NVML does not tell."""
     try:
         if nvml is None:
-            import pynvml as nvml
+            import pynvml
+
+            nvml = pynvml
         nvml.nvmlInit()
         try:
             handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]

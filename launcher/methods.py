@@ -87,7 +87,7 @@ LOCAL_SGD = Method(
     meaning="every group trains by itself; all average their weights every sync_steps steps",
     semi_sync="local_sgd",
     settings={"sync_steps": 10},
-    **_PATIENT,  # type: ignore[arg-type]
+    **_PATIENT,
 )
 #: Steps between two syncs: those of the Streaming DiLoCo paper (arXiv:2501.18512).
 DILOCO = Method(
@@ -96,7 +96,7 @@ DILOCO = Method(
     "sync_steps steps, in one piece or in fragments",
     semi_sync="diloco",
     settings={"sync_steps": 100},
-    **_PATIENT,  # type: ignore[arg-type]
+    **_PATIENT,
 )
 METHODS = {method.name: method for method in (HSDP, DDP, LOCAL_SGD, DILOCO)}
 

@@ -11,6 +11,7 @@ from launcher.history import History
 from launcher.lighthouse_log import Waiting
 from launcher.model import GroupState
 from launcher.slurm import Job
+from launcher.spares import Spare
 from launcher.state import RunState
 from launcher.verdict import judge as verdict
 
@@ -107,6 +108,17 @@ def test_a_group_that_waits_to_join_is_not_stuck() -> None:
     asks = Waiting(since=40.0, requested={1}, status=BLOCKED)
     assert islands.alarms(asks, 1000.0) == set()
     assert islands.alarms(Waiting(), 1000.0) == {"guardian: restart"}, "it never came so far"
+
+
+def test_a_spare_does_not_wait_for_the_next_sync() -> None:
+    islands = Islands()
+    spare = Spare(task=2, host="w9", t=59.0)
+    view = View(state=islands.state, now=60.0, spares=[spare])
+    assert not [a for a in needed(view) if a.kind == "take_over"]
+    islands.tell("exit", 1, 59.0, code=143, reason="stopped by SIGTERM")
+    assert [(a.kind, a.replica) for a in needed(view)] == [("take_over", 1)]
+    islands.tell("launch", 1, 59.5, attempt=2, host="w1", task=1)
+    assert needed(view) == [], "it starts again by itself"
 
 
 def test_a_group_that_was_left_out_and_trains_on_is_not_stopped() -> None:
