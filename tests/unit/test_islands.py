@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from launcher import records
 from launcher.care import View, needed
 from launcher.events import Event
 from launcher.findings import Snapshot, judge
@@ -108,6 +110,26 @@ def test_a_group_that_waits_to_join_is_not_stuck() -> None:
     asks = Waiting(since=40.0, requested={1}, status=BLOCKED)
     assert islands.alarms(asks, 1000.0) == set()
     assert islands.alarms(Waiting(), 1000.0) == {"guardian: restart"}, "it never came so far"
+
+
+def test_joining_the_others_is_no_step_of_its_own(tmp_path: Path) -> None:
+    """A group whose first step fails each time must not be started again for ever."""
+    log = tmp_path / "events.jsonl"
+    joined = [
+        '{"t":1,"kind":"progress","joining":true}',
+        '{"t":2,"kind":"commit","committed":true}',
+    ]
+    own = [joined[0].replace('"joining":true', '"titan_step":1'), joined[1]]
+    for lines, expected in (
+        (joined, False),
+        ([*joined, own[0]], False),
+        ([*joined, *own], True),
+        ([joined[1]], True),
+        ([joined[1].replace("true", "false")], False),
+    ):
+        log.write_text("\n".join(lines) + "\n")
+        assert records.committed(log, 0) is expected
+    assert not records.committed(log, log.stat().st_size)
 
 
 def test_a_spare_does_not_wait_for_the_next_sync() -> None:
