@@ -309,3 +309,52 @@ def test_torchtitan_counts_the_batch_over_all_replica_groups() -> None:
     manager = ReplicaFTManager.__new__(ReplicaFTManager)
     manager._manager, manager.group_size, manager.replica_id = object(), 4, 1
     assert manager.get_dp_info(8, 3) == (32, 11)
+
+
+class TestPatience:
+    """Why the lighthouse of a semi-sync run waits so long for groups that live."""
+
+    def quorum(self, join_timeout_ms: int) -> list[str]:
+        """Who is in the quorum when a group has waited to join, and one is a little slower."""
+        import contextlib
+        import threading
+        import time
+        from datetime import timedelta
+
+        from torchft.coordination import LighthouseClient, LighthouseServer
+
+        lighthouse = LighthouseServer(
+            bind="[::]:0",
+            min_replicas=1,
+            join_timeout_ms=join_timeout_ms,
+            quorum_tick_ms=20,
+            heartbeat_timeout_ms=20_000,
+        )
+        found: dict[str, list[str]] = {}
+
+        def client() -> Any:
+            return LighthouseClient(lighthouse.address(), connect_timeout=timedelta(seconds=5))
+
+        def ask(name: str) -> None:
+            with contextlib.suppress(TimeoutError, RuntimeError):  # one that is left out waits on
+                quorum = client().quorum(name, timedelta(seconds=4), address="x", store_address="y")
+                found[name] = sorted(member.replica_id for member in quorum.participants)
+
+        try:
+            heart, asking = client(), {}
+            for names, pause in ((["new"], 1.0), (["a", "b"], 0.4), (["slow"], 0.1)):
+                for name in ("new", "a", "b", "slow"):
+                    heart.heartbeat(name)
+                for name in names:
+                    asking[name] = threading.Thread(target=ask, args=(name,))
+                    asking[name].start()
+                time.sleep(pause)
+            for thread in asking.values():
+                thread.join(20)
+            return found["a"]
+        finally:
+            lighthouse.shutdown()
+
+    def test_a_group_that_waits_to_join_uses_up_the_patience_for_slower_ones(self) -> None:
+        assert self.quorum(800) == ["a", "b", "new"], "0.4 s after the others, and left out"
+        assert self.quorum(60_000) == ["a", "b", "new", "slow"]
