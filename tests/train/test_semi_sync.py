@@ -169,6 +169,58 @@ class TestJoining:
         assert manager.calls == ["quorum", "failed"] * 2 + ["quorum", "commit"]
 
 
+class TestTheStepAfterJoining:
+    """A peer sends its state between its optimizer's step and its scheduler's."""
+
+    def trainer(self, healed_at: int | None, finished: bool = False) -> Any:
+        import torch
+
+        from launcher.train.trainer import ReplicaTrainer
+
+        trainer: Any = ReplicaTrainer.__new__(ReplicaTrainer)
+
+        def join(too_late: Callable[[], None]) -> bool:
+            if healed_at is None:
+                too_late()
+            trainer.step = healed_at or trainer.step
+            return healed_at is not None
+
+        def stop() -> None:
+            trainer.stopped = finished
+
+        trainer.scheduled, trainer.stopped, trainer._joined, trainer.step = 0, False, False, 1
+        trainer._stop_if_too_late = stop
+        trainer._recorder = types.SimpleNamespace(rank=1)
+        trainer._hash_every, trainer._hashed_step = 10**6, -1
+        trainer.model_parts = [torch.nn.Linear(1, 1)]
+        trainer.job_config = types.SimpleNamespace(training=types.SimpleNamespace(steps=100))
+        schedule = types.SimpleNamespace(step=lambda: setattr(trainer, "scheduled", 1))
+        trainer.lr_schedulers = schedule
+        semi_sync = types.SimpleNamespace(join=join, every=4)
+        trainer.ft_manager = types.SimpleNamespace(
+            enabled=True, manager=FakeManager(), semi_sync=semi_sync
+        )
+        return trainer
+
+    def test_it_is_the_one_after_the_peers(self) -> None:
+        trainer = self.trainer(healed_at=24)
+        assert trainer._join()
+        assert (trainer.step, trainer.scheduled) == (25, 1)
+        assert trainer._join(), "and once only"
+        assert (trainer.step, trainer.scheduled) == (25, 1)
+
+    def test_there_is_none_after_the_last(self) -> None:
+        trainer = self.trainer(healed_at=100)
+        assert not trainer._join()
+        assert trainer.step == 100
+
+    def test_a_run_begins_with_the_first(self) -> None:
+        trainer = self.trainer(healed_at=None, finished=True)
+        assert trainer._join()
+        assert (trainer.step, trainer.scheduled) == (1, 0)
+        assert trainer.stopped, "it looks whether its peers have finished meanwhile"
+
+
 class TestWeightsInCommon:
     def test_those_of_local_sgd_are_the_models(self) -> None:
         from launcher.train.semi_sync import SemiSync
