@@ -27,6 +27,9 @@ from launcher.train.weights import weight_hash
 #: Seconds after its start in which a restarted replica group looks whether its peers have
 #: finished meanwhile (they may need a moment to say so).
 TOO_LATE_SECONDS = 60.0
+#: Seconds from a group's last heartbeat until its launcher has said that it finished (2 s of sleep
+#: in torchtitan, and the end of its processes), and looks in that time.
+FINISHING_SECONDS, FINISHING_LOOKS = 10.0, 20
 
 
 class ReplicaFTManager(FTManager):
@@ -155,9 +158,12 @@ class ReplicaTrainer(ft_train.FTTrainer):
             sys.exit(0)
 
     def _stop_if_waited_for_nobody(self) -> None:
-        """The same after a wait for the others, which may have been long."""
-        self._ready_at = time.monotonic()
-        self._stop_if_too_late()
+        """The same after a wait for the others, which may have ended because they have finished
+        just now: their launchers say so when their processes have ended."""
+        for _ in range(FINISHING_LOOKS if self._may_be_too_late else 0):  # all ranks look as often
+            self._ready_at = time.monotonic()
+            self._stop_if_too_late()
+            time.sleep(FINISHING_SECONDS / FINISHING_LOOKS)
 
     def _record_weights(self) -> None:
         """Log the hash of this rank's weights with the manager's step, the only step

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from launcher.lighthouse import LighthouseDir
+from launcher.methods import METHODS
 from launcher.sandbox import Sandbox
 from tests.e2e.conftest import Workspace
 from tests.e2e.test_recovery import training
@@ -28,7 +30,10 @@ def shell(cluster: Workspace) -> Iterator[Workspace]:
             "TFT_MIN_STEP_SECONDS": "0.1",
         }
     )
-    shell.launcher("lighthouse", "up", "--detach")
+    shell.having({"TFT_METHOD": "diloco"}).launcher("lighthouse", "up", "--detach")
+    address = LighthouseDir.of(shell.outputs, shell.env["TORCHFT_LIGHTHOUSE"]).address()
+    assert address is not None
+    assert address.join_timeout_ms == METHODS["diloco"].join_timeout_ms
     yield shell
     shell.launcher("lighthouse", "down")
 

@@ -186,9 +186,12 @@ class TestTheStepAfterJoining:
             return healed_at is not None
 
         def stop() -> None:
-            trainer.stopped = finished
+            trainer.looks += 1
+            if finished and trainer.looks == 7:
+                raise SystemExit(0)
 
-        trainer.scheduled, trainer.stopped, trainer._joined, trainer.step = 0, False, False, 1
+        trainer.looks, trainer._may_be_too_late = 0, finished
+        trainer.scheduled, trainer._joined, trainer.step = 0, False, 1
         trainer._stop_if_too_late = stop
         trainer._recorder = types.SimpleNamespace(rank=1)
         trainer._hash_every, trainer._hashed_step = 10**6, -1
@@ -215,10 +218,16 @@ class TestTheStepAfterJoining:
         assert trainer.step == 100
 
     def test_a_run_begins_with_the_first(self) -> None:
-        trainer = self.trainer(healed_at=None, finished=True)
+        trainer = self.trainer(healed_at=None)
         assert trainer._join()
-        assert (trainer.step, trainer.scheduled) == (1, 0)
-        assert trainer.stopped, "it looks whether its peers have finished meanwhile"
+        assert (trainer.step, trainer.scheduled, trainer.looks) == (1, 0, 0)
+
+    def test_peers_that_have_just_finished_are_given_time_to_say_so(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("launcher.train.trainer.time.sleep", lambda seconds: None)
+        with pytest.raises(SystemExit):
+            self.trainer(healed_at=None, finished=True)._join()
 
 
 class TestWeightsInCommon:
