@@ -43,10 +43,7 @@ def shell(cluster: Workspace) -> Iterator[Workspace]:
     ("method", "flags"),
     [
         ("local-sgd", "--fault_tolerance.sync_steps=4"),
-        (
-            "diloco",
-            STREAMING,
-        ),
+        ("diloco", STREAMING),
     ],
     ids=["local-sgd", "streaming-diloco"],
 )
