@@ -19,7 +19,7 @@ from launcher.model import GroupState
 from launcher.restarts import Next
 from launcher.slurm import Job, Node
 from launcher.spares import Spare
-from launcher.stalls import FIRST_STEPS_SECONDS
+from launcher.stalls import FIRST_STEPS_SECONDS, LATE_SECONDS
 from launcher.stalls import patience as usual_patience
 from launcher.state import RunState
 
@@ -259,7 +259,8 @@ def patience(state: RunState, group: Group) -> float:
         return FIRST_STEPS_SECONDS
     if group.warming:
         return FIRST_STEPS_SECONDS
-    return usual_patience(state.groups.values())
+    late = LATE_SECONDS if group.progress_at else 0.0
+    return usual_patience(state.groups.values()) + late
 
 
 def _silent(view: View) -> Iterator[Action]:

@@ -17,6 +17,9 @@ from launcher.timeouts import HANG_SECONDS
 
 #: A wait counts as a stall after this many usual steps (and at least ``HANG_SECONDS``).
 STALL_STEPS = 5.0
+#: Seconds by which a group's word of its own steps may be late: it tells of them every 2 s, and NFS
+#: shows a file that grows some seconds later (``acregmin`` is 3, ``acregmax`` 60).
+LATE_SECONDS = 20.0
 #: Seconds that others wait for a group in its first steps, which compile and load.
 FIRST_STEPS_SECONDS = 300.0
 #: A member in these states is silent for a reason that is known already.
@@ -43,7 +46,8 @@ def stalls_at(waiting: Waiting, group: Group, groups: Iterable[Group]) -> float:
     if waiting.since is None:
         return math.inf
     longest = FIRST_STEPS_SECONDS if group.warming else patience(groups)
-    return max(waiting.since, group.progress_at) + longest
+    late = LATE_SECONDS if group.progress_at else 0.0
+    return max(waiting.since, group.progress_at) + longest + late
 
 
 def overdue(waiting: Waiting, groups: Iterable[Group], now: float) -> float | None:

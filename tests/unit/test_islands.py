@@ -68,13 +68,13 @@ def test_a_slower_group_that_goes_on_is_waited_for() -> None:
     assert islands.alarms(waiting, 158.0) == set()
     assert islands.state.groups[1].state is GroupState.TRAINING
     # It stops: the first one has waited a minute by then, and the second one is hung since 157.
-    assert islands.alarms(waiting, 157.0 + 7.9) == set()
-    assert islands.alarms(waiting, 157.0 + 8.1) == {
+    assert islands.alarms(waiting, 157.0 + 27.9) == set()
+    assert islands.alarms(waiting, 157.0 + 28.1) == {
         "replica_stalled",
         "survivor_blocked",
         "guardian: restart",
     }
-    assert islands.state.groups[1].since == 157.0 + 8.0
+    assert islands.state.groups[1].since == 157.0 + 28.0
 
 
 def test_the_first_steps_after_joining_may_compile() -> None:
@@ -82,7 +82,7 @@ def test_the_first_steps_after_joining_may_compile() -> None:
     islands.train(0, 7.0, 100)
     waiting = Waiting(since=107.0, requested={0}, status=BLOCKED)
     assert islands.alarms(waiting, 107.0 + 299) == set()
-    assert "guardian: restart" in islands.alarms(waiting, 107.0 + 301)
+    assert islands.alarms(waiting, 107.0 + 321) >= {"guardian: restart", "replica_stalled"}
 
 
 def test_slow_own_steps_are_waited_for_longer() -> None:
@@ -91,8 +91,8 @@ def test_slow_own_steps_are_waited_for_longer() -> None:
         for replica in (0, 1):
             islands.tell("progress", replica, 7.0 + 20 * step, titan_step=step)
     waiting = Waiting(since=68.0, requested={0}, status=BLOCKED)
-    assert islands.alarms(waiting, 68.0 + 95) == set(), "five steps of 20 s"
-    assert islands.alarms(waiting, 68.0 + 101) >= {"replica_stalled"}
+    assert islands.alarms(waiting, 68.0 + 115) == set(), "five steps of 20 s"
+    assert islands.alarms(waiting, 68.0 + 121) >= {"replica_stalled"}
 
 
 def lost(islands: Islands, replica: int, t: float) -> None:
