@@ -258,7 +258,9 @@ class TestWeightsInCommon:
             manager.mean = 0.5
             train()
             assert manager.current_step() == 2
-            hashes.append(weight_hash(joined.shared([])))
+            (shared,) = joined.shared([])
+            assert shared is method._fragments[1].original_parameters["weight"]
+            hashes.append(weight_hash([shared]))
             own.append(
                 [p.detach().clone() for p in method._fragments[1]._model_fragment.parameters()]
             )
