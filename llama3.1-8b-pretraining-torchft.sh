@@ -13,6 +13,7 @@
 #
 #   variable            default                        meaning
 #   TFT_CONFIG          configs/llama3.1-8b.toml       torchtitan config file
+#   TFT_METHOD          hsdp                           hsdp, ddp, local-sgd or diloco
 #   TFT_RANKS_PER_NODE  GPUs of the task               ranks on the node
 #   TFT_DEVICE          cuda                           cuda or cpu
 #   TFT_EXTRA_ARGS                                     extra torchtitan flags

@@ -19,13 +19,12 @@ from launcher.model import GroupState
 from launcher.restarts import Next
 from launcher.slurm import Job, Node
 from launcher.spares import Spare
+from launcher.stalls import FIRST_STEPS_SECONDS, LATE_SECONDS
 from launcher.stalls import patience as usual_patience
 from launcher.state import RunState
 
 #: Seconds that others wait for a group that said it is busy (with a checkpoint, for example).
 BUSY_SECONDS = 1800.0
-#: Seconds that others wait for a group in its first steps, which compile and load.
-FIRST_STEPS_SECONDS = 300.0
 #: Seconds out of the quorum, with its task running, after which a group counts as stopped.
 SILENT_SECONDS = 20.0
 #: Seconds after which a group that starts again by itself is not taken over any more.
@@ -215,7 +214,9 @@ def _taken_over(view: View) -> Iterator[Action]:
 
 def _out(view: View, group: Group) -> bool:
     """Whether a group is away, and not just about to come back by itself."""
-    if group.replica in view.state.members:
+    # Between two syncs there is no quorum that would tell: its own last word does.
+    ended = group.ended and view.state.sync_every > 1
+    if group.replica in view.state.members and not ended:
         return False
     starting = group.state is GroupState.STARTING and view.now - group.since > ALMOST_THERE
     return group.state is not GroupState.DONE and not starting
@@ -236,11 +237,11 @@ def _hung(view: View) -> Iterator[Action]:
     state, waiting = view.state, view.waiting
     if waiting.since is None or not waiting.requested:
         return
-    waited = view.now - waiting.since
     for replica in state.members:
         group = state.group(replica)
         if replica in waiting.requested or not _runs(group):
             continue
+        waited = view.now - max(waiting.since, group.progress_at)
         longer = view.collective if _another_is_away(view, replica) else 0.0
         if waited > patience(state, group) + longer:
             why = f"hung: did not join the quorum that others waited {waited:.0f} s for"
@@ -264,7 +265,10 @@ def patience(state: RunState, group: Group) -> float:
         return BUSY_SECONDS
     if group.last_commit is None or group.last_commit < (state.quorum_since or 0.0):
         return FIRST_STEPS_SECONDS
-    return usual_patience(state.groups.values())
+    if group.warming:
+        return FIRST_STEPS_SECONDS
+    late = LATE_SECONDS if group.progress_at else 0.0
+    return usual_patience(state.groups.values()) + late
 
 
 def _silent(view: View) -> Iterator[Action]:
@@ -274,13 +278,15 @@ def _silent(view: View) -> Iterator[Action]:
         nodes = map(view.nodes.get, group.nodes or (group.host,))
         if group.task_index not in running or not all(n is None or n.responds for n in nodes):
             continue
-        seconds = view.now - group.since
+        seconds = view.now - max(group.since, group.progress_at)
         if group.ended or group.state is GroupState.REQUEUED:
             # Slurm may have lost its copy: a late word of the one before ended it.
             if seconds > GONE_SECONDS and _may_come_back(group):
                 why = f"Slurm says RUNNING, and nothing of it has run for {seconds:.0f} s"
                 yield _act("requeue", group, why, task=group.task_index)
             continue
+        if group.replica in view.waiting.requested:
+            continue  # it waits for the others, with a semi-sync method until their next sync
         if group.state is GroupState.LOST and seconds > SILENT_SECONDS and view.state.members:
             why = f"stopped: silent for {seconds:.0f} s, and its task runs"
             yield _act("restart", group, why, task=group.task_index)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.methods import METHODS
 from launcher.model import UsageError
 from launcher.restarts import Limits
 
@@ -44,6 +45,11 @@ VARIABLES = (
         name="TFT_EXTRA_ARGS",
         default="",
         meaning="extra torchtitan flags, shell-quoted, e.g. `--training.steps 200`",
+    ),
+    Variable(
+        name="TFT_METHOD",
+        default="hsdp",
+        meaning="how replica groups learn together: `hsdp`, `ddp`, `local-sgd` or `diloco` (docs/methods.md)",
     ),
     Variable(
         name="TFT_INTERFACE",
@@ -238,13 +244,15 @@ class Site:
     ranks_per_node: int
     device: str
     extra_args: tuple[str, ...]
+    method: str
+    """Of ``methods.METHODS``; empty: what the configuration says, else hsdp."""
     interface: str
     node_address: str
     """Address of this node for the others."""
     lighthouse: str
     """URL set by hand; empty: the published one."""
-    quorum_timeout: float
-    """Seconds for which a replica group waits for a quorum."""
+    quorum_timeout: float | None
+    """Seconds for which a replica group waits for a quorum; None: as its method does."""
     relay: bool
     """Whether managers reach the lighthouse through their launcher."""
     warm: bool
@@ -278,6 +286,9 @@ class Site:
         device = env.get("TFT_DEVICE") or "cuda"
         if device not in ("cuda", "cpu"):
             problems.append(f"TFT_DEVICE must be 'cuda' or 'cpu', not {device!r}")
+        method = env.get("TFT_METHOD", "")
+        if method and method not in METHODS:
+            problems.append(f"TFT_METHOD must be one of {', '.join(METHODS)}, not {method!r}")
         ranks = _ranks(env, problems)
         for name in (
             "TORCHFT_QUORUM_TIMEOUT_SEC",
@@ -317,11 +328,16 @@ class Site:
             ranks_per_node=ranks,
             device=device,
             extra_args=extra,
+            method=method,
             interface=env.get("TFT_INTERFACE", ""),
             # Said always: torchrun's own choice for a single node is "localhost".
             node_address=env.get("TFT_NODE_ADDRESS") or socket.gethostname(),
             lighthouse=lighthouse.rstrip("/"),
-            quorum_timeout=float(env.get("TORCHFT_QUORUM_TIMEOUT_SEC") or 600),
+            quorum_timeout=(
+                float(env["TORCHFT_QUORUM_TIMEOUT_SEC"])
+                if env.get("TORCHFT_QUORUM_TIMEOUT_SEC")
+                else None
+            ),
             relay=env.get("TFT_RELAY") != "0",
             warm=env.get("TFT_WARM") != "0",
             spares=int(env.get("TFT_SPARES") or 0),

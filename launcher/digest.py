@@ -229,17 +229,20 @@ def _status(state: RunState) -> str:
 
 def _facts(manifest: Manifest, state: RunState, start: float, end: float) -> list[tuple[str, str]]:
     total = f" of {state.steps:,}" if state.steps is not None else ""
-    what = " ".join([manifest.config, *manifest.extra_args])
+    if state.sync_every > 1:
+        total = f", one every {state.sync_every:,} steps{total},"
+    words = [manifest.config, *manifest.extra_args]
     if manifest.script:
-        what = shlex.join([manifest.script, *manifest.script_args])
+        words = [manifest.script, *manifest.script_args]
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     facts = [
-        ("Script" if manifest.script else "Configuration", what),
+        ("Script" if manifest.script else "Configuration", shlex.join(words)),
+        *([] if manifest.script else [("Method", manifest.method)]),
         (
             "Replica groups",
             f"{manifest.group_size}, of {plural(manifest.ranks_per_group, 'rank')} each",
         ),
-        ("Steps", f"{state.step:,}{total} committed"),
+        (f"{state.counted.capitalize()}s", f"{state.step:,}{total} committed"),
         ("Duration", f"{seconds(max(0.0, end - start))}, from {clock(start, date=True)}"),
         ("Quorum", f"{len(state.members)} of {state.size}, id {state.quorum_id}"),
         ("Versions", versions or "not recorded"),

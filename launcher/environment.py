@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launcher.config import VARIABLES, Site
+from launcher.methods import METHODS
 from launcher.rundir import Manifest, RunDir
 
 #: Settings passed through to torchft with the defaults that the README documents.
@@ -45,6 +46,8 @@ def replica_environment(
 ) -> dict[str, str]:
     """Environment for torchrun of one replica group; what ``base`` sets by hand stays."""
     env = waiting_environment(base, site)
+    usual = METHODS[manifest.method].environment
+    env |= {name: value for name, value in usual.items() if not base.get(name)}
     env |= {
         "TORCHFT_LIGHTHOUSE": manifest.lighthouse,
         "REPLICA_GROUP_ID": str(task.replica),

@@ -51,6 +51,7 @@ REPLICA_KINDS = frozenset(
         "heal",
         "commit",
         "metrics",
+        "progress",
         "weights",
         "error",
         "end",

@@ -106,9 +106,9 @@ def _strange_logs(snapshot: Snapshot) -> Iterator[Finding]:
 
 def _stalled(snapshot: Snapshot) -> Iterator[Finding]:
     state, waiting = snapshot.state, snapshot.waiting
-    seconds = overdue(waiting, state.groups.values(), snapshot.now)
-    if seconds is None or state.finished:
+    if waiting.since is None or state.finished:
         return
+    seconds = snapshot.now - waiting.since
     for replica in silent(waiting, state.members, state.groups, snapshot.now):
         yield Finding(
             kind="replica_stalled",
@@ -117,6 +117,8 @@ def _stalled(snapshot: Snapshot) -> Iterator[Finding]:
             message=f"replica {replica} has not joined the quorum that others wait {seconds:.0f} s "
             f"for: look at its stacks, or end it with `scontrol requeue {snapshot.job}_{replica}`",
         )
+    if overdue(waiting, state.groups.values(), snapshot.now) is None:
+        return
     if "need at least half" in waiting.status:
         yield Finding(
             kind="survivor_blocked",
@@ -202,7 +204,7 @@ def _straggler(snapshot: Snapshot) -> Iterator[Finding]:
     }
     for replica, seconds in busy.items() if len(busy) >= 2 else ():
         others = statistics.median(s for other, s in busy.items() if other != replica)
-        step = state.groups[replica].step_seconds or 0.0
+        step = state.groups[replica].pace or 0.0
         if seconds <= STRAGGLER_RATIO * others or seconds - others < STRAGGLER_COST * step:
             continue
         host = state.groups[replica].where

@@ -100,3 +100,21 @@ class GpuSampler:
 
 def _same(one: Any, other: Any) -> bool:
     return bool(getattr(one, "value", one) == getattr(other, "value", other))
+
+
+def capability(nvml: Any = None) -> tuple[int, int] | None:
+    """Lowest CUDA compute capability of this node's GPUs; None when NVML does not tell."""
+    try:
+        if nvml is None:
+            import pynvml
+
+            nvml = pynvml
+        nvml.nvmlInit()
+        try:
+            handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+            found = [tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)) for handle in handles]
+        finally:
+            nvml.nvmlShutdown()
+    except Exception:  # a driver that is missing, old or dying answers with errors of many kinds
+        return None
+    return min(found, default=None)

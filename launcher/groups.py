@@ -39,6 +39,12 @@ class Group:
     tokens_per_second: float | None = None
     step_seconds: float | None = None
     """Moving mean of the time between two commits."""
+    progress_at: float = 0.0
+    """When it last told of a step of its own, or began to join the others; semi-sync only."""
+    progress_step: int | None = None
+    """Which step that was; None while it joins."""
+    own_step_seconds: float | None = None
+    """Moving mean of the time of its own steps; semi-sync only."""
     busy_seconds: float | None = None
     """Moving mean of its own work in a step, since the quorum changed."""
     busy_samples: int = 0
@@ -74,6 +80,27 @@ class Group:
     """When the newest of those phases ended, Unix seconds."""
     xids: deque[tuple[float, int, int]] = field(default_factory=lambda: deque(maxlen=16))
     """(time, GPU, Xid) of the driver's newest errors."""
+
+    @property
+    def pace(self) -> float | None:
+        """Usual seconds of one step, with or without a commit at its end."""
+        return self.own_step_seconds or self.step_seconds
+
+    @property
+    def warming(self) -> bool:
+        """Whether it is in its first step of its own, which may compile, or waits to begin it."""
+        return self.progress_at > 0 and self.own_step_seconds is None
+
+    def progressed(self, t: float, step: int | None) -> None:
+        """Note that it has come to ``step`` of its own; None: that it joins the others."""
+        before, self.progress_step = self.progress_step, step
+        if step is None:
+            self.own_step_seconds = None
+        elif before is not None and step > before:
+            seconds = (t - self.progress_at) / (step - before)
+            mean = self.own_step_seconds
+            self.own_step_seconds = seconds if mean is None else mean + 0.1 * (seconds - mean)
+        self.progress_at = t
 
     def reached(self, phase: str, t: float) -> None:
         """Note that the newest start of this group has come to the end of a phase."""

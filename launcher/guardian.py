@@ -16,10 +16,10 @@ from launcher import orders, spares
 from launcher.care import Action, View, needed
 from launcher.lock import acquire
 from launcher.model import KitError, UsageError
-from launcher.preflight import setting
 from launcher.rundir import RunDir
 from launcher.slurm import Job, Slurm
 from launcher.state import Notice
+from launcher.titan import setting
 from launcher.watcher import Watcher
 
 #: Seconds before the same action is taken again, when nothing has come of it.

@@ -14,7 +14,7 @@ from typing import Generic, NamedTuple, TypeVar
 from launcher.events import Event
 from launcher.groups import Group
 from launcher.model import GroupState
-from launcher.stalls import overdue, patience
+from launcher.stalls import overdue, stalls_at
 from launcher.state import RunState
 
 #: Changes kept for one replica group, and of the quorum's size.
@@ -156,6 +156,8 @@ class History:
         """Of rank 0 of every replica group, summed over the groups."""
         self._speeds: dict[int, float] = {}
         """By replica group, since somebody reported for the second time."""
+        self._losses: list[float] = []
+        """The same of groups that train by themselves: each has its own."""
         self._reported = 0.0
         self._checked = float("-inf")
 
@@ -165,7 +167,7 @@ class History:
             self.quorum.add(event.t, len(state.members))
             self._stalls(state, event)
         elif event.kind == "metrics" and event.replica is not None:
-            self._metrics(event, event.replica)
+            self._metrics(state, event, event.replica)
         if event.kind == "membership" or event.t - self._checked >= CHECK_EVERY:
             self.check(state)
             self._checked = event.t
@@ -184,7 +186,7 @@ class History:
             return
         for replica, changes in self.groups.items():
             if replica not in waited.requested:
-                stalled = waited.since + patience(state.groups.values())
+                stalled = stalls_at(waited, state.group(replica), state.groups.values())
                 changes.add_before(stalled, GroupState.STALLED, instead_of=WORKING)
 
     def _group(self, state: RunState, group: Group) -> None:
@@ -193,13 +195,18 @@ class History:
             changes = self.groups[group.replica] = Changes(BY_BADNESS.index)
         changes.add(max(group.since, state.first_event or 0.0), group.state)
 
-    def _metrics(self, event: Event, replica: int) -> None:
+    def _metrics(self, state: RunState, event: Event, replica: int) -> None:
         loss, speed = event.get("loss"), event.get("tokens_per_second")
         if replica in self._speeds:
             # A new step: all who take part in training have reported the one before.
             self.tokens_per_second.add(self._reported, sum(self._speeds.values()))
-            self._speeds = {}
-        if not self._speeds and isinstance(loss, int | float):
-            self.loss.add(event.t, float(loss))
+            if self._losses:
+                self.loss.add(self._reported, sum(self._losses) / len(self._losses))
+            self._speeds, self._losses = {}, []
+        if isinstance(loss, int | float):
+            if state.sync_every > 1:
+                self._losses.append(float(loss))
+            elif not self._speeds:
+                self.loss.add(event.t, float(loss))
         self._speeds[replica] = float(speed) if isinstance(speed, int | float) else 0.0
         self._reported = event.t

@@ -55,6 +55,8 @@ class Address:
     serving: str = ""
     """``host:port`` of the lighthouse's own process, new at every start of it; ``url`` is the
     supervisor's, which stays. Empty: the same."""
+    join_timeout_ms: int = 0
+    """How long it waits for groups that live and have not joined; 0: not known."""
 
 
 class LighthouseDir:

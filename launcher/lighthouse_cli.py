@@ -83,6 +83,14 @@ def lighthouse_up(
             "default: <host>-<port>.",
         ),
     ] = "",
+    method: Annotated[
+        str,
+        typer.Option(
+            envvar="TFT_METHOD",
+            help="Of the run that it is to serve: groups that train by themselves between two syncs "
+            "are waited for longer.",
+        ),
+    ] = "",
     act: Annotated[
         bool,
         typer.Option(
@@ -98,6 +106,7 @@ def lighthouse_up(
     import socket
 
     from launcher.lighthouse_child import LighthouseSettings, own_address
+    from launcher.methods import METHODS
     from launcher.rundir import Outputs
     from launcher.slurm import Slurm
     from launcher.supervisor import Supervisor, start_detached
@@ -105,7 +114,10 @@ def lighthouse_up(
 
     if timeouts not in PROFILES:
         raise UsageError(f"--timeouts must be one of {', '.join(PROFILES)}, not {timeouts!r}")
+    if method and method not in METHODS:
+        raise UsageError(f"--method must be one of {', '.join(METHODS)}, not {method!r}")
     chosen = PROFILES[timeouts]
+    patient = METHODS[method].join_timeout_ms if method and METHODS[method].semi_sync else 0
     if not bind and host in ("127.0.0.1", "localhost", "::1"):
         bind = host  # nobody but this machine is meant to reach it
     if with_run and not act:
@@ -117,7 +129,7 @@ def lighthouse_up(
         bind=bind or own_address(host_name),
         min_replicas=min_replicas,
         heartbeat_timeout_ms=heartbeat_timeout_ms or chosen.heartbeat_timeout_ms,
-        join_timeout_ms=join_timeout_ms or chosen.join_timeout_ms,
+        join_timeout_ms=join_timeout_ms or patient or chosen.join_timeout_ms,
         quorum_tick_ms=quorum_tick_ms or chosen.quorum_tick_ms,
     )
     place = Outputs(outputs.absolute())

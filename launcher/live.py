@@ -75,12 +75,16 @@ def _head(state: RunState, run: RunDir, now: float) -> Text:
     known = [speed for speed in speeds if speed is not None]
     losses = [g.loss for g in groups if g.loss is not None]
     steps = f" of {state.steps}" if state.steps is not None else ""
+    if state.sync_every > 1:
+        steps = f", one every {state.sync_every} steps{steps}"
     text = Text()
     text.append(f"{run.name}  ", style="bold")
     text.append(f"quorum {state.quorum_id} ({age}): {len(state.members)} of {state.size}  ")
-    text.append(f"step {state.step}{steps}  ")
+    text.append(f"{state.counted} {state.step}{steps}  ")
     if losses:
-        text.append(f"loss {losses[0]:.4f}  ")
+        # Groups that meet at every step report the same; others have one each.
+        loss = losses[0] if state.sync_every == 1 else sum(losses) / len(losses)
+        text.append(f"loss {loss:.4f}  ")
     if known:
         text.append(f"{sum(known) / len(known):,.0f} tokens/s a rank")
     return text
@@ -89,7 +93,16 @@ def _head(state: RunState, run: RunDir, now: float) -> Text:
 def _groups(watcher: Watcher, now: float) -> Table:
     state = watcher.state
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("replica", "state", "for", "node", "attempt", "step", "last commit", "failed"):
+    for name in (
+        "replica",
+        "state",
+        "for",
+        "node",
+        "attempt",
+        state.counted,
+        "last commit",
+        "failed",
+    ):
         table.add_column(
             name, no_wrap=True, justify="left" if name in ("state", "node") else "right"
         )

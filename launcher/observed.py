@@ -12,7 +12,7 @@ from launcher.incidents import SIGN_WINDOW, Cause, Incident, Sign, unreachable_s
 from launcher.lighthouse_log import Waiting
 from launcher.model import GroupState
 from launcher.slurm import Job, Node
-from launcher.stalls import patience, silent
+from launcher.stalls import silent, stalls_at
 from launcher.weights import WeightLedger
 
 #: Incidents kept; older ones are only counted.
@@ -36,6 +36,8 @@ class Observed:
     steps: int | None = None
     """Last step of the training, when it is known."""
     nodes_per_group: int = 1
+    sync_every: int = 1
+    """Steps of a group between two syncs; every commit is one, and ``step`` counts those."""
     groups: dict[int, Group] = field(default_factory=dict)
     quorum_id: int = 0
     quorum_since: float | None = None
@@ -68,6 +70,11 @@ class Observed:
     @property
     def size(self) -> int:
         return self.group_size or len(self.groups)
+
+    @property
+    def counted(self) -> str:
+        """What ``step`` counts, in a word."""
+        return "sync" if self.sync_every > 1 else "step"
 
     @property
     def finished(self) -> bool:
@@ -134,6 +141,21 @@ class Observed:
         elif self.seen_full:
             self.seconds_below_full += seconds
 
+    def resize(self, replicas: int, t: float) -> list[Notice]:
+        """The run is to have another number of replica groups from now on."""
+        self.count_time(t)
+        self.quorum_since = t if self.members else self.quorum_since
+        before, self.group_size = self.size, replicas
+        self.__post_init__()
+        self.seen_full = len(self.members) >= self.size
+        for group in self.groups.values():
+            if group.replica < self.group_size:
+                continue
+            group.left = group.ended_ok = True
+            if group.replica not in self.members:
+                self.enter(group, GroupState.DONE, t)
+        return [Notice(t, f"the run is resized: {self.size} replica groups, before {before}")]
+
     def observe(self, jobs: Iterable[Job], now: float) -> list[Notice]:
         """Fold in what Slurm says of the run's array tasks."""
         notices = []
@@ -190,7 +212,7 @@ class Observed:
             if group.replica in stalled:
                 if group.state is not GroupState.STALLED:
                     group.before_stall = group.state
-                since = (waiting.since or now) + patience(self.groups.values())
+                since = stalls_at(waiting, group, self.groups.values())
                 self.enter(group, GroupState.STALLED, since)
             elif group.state is GroupState.STALLED:
                 self.enter(group, group.before_stall, now)

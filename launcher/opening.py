@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from launcher import lighthouse, preflight
 from launcher.config import Site
 from launcher.environment import Task
 from launcher.lighthouse import LighthouseDir
+from launcher.methods import lighthouse_problem
 from launcher.model import UsageError
 from launcher.rundir import Manifest, Outputs, RunDir
 from launcher.slurm import Slurm
@@ -41,9 +44,17 @@ class ArrayTask:
         return f"{self.array}_{self.task.index}"
 
 
-def enter(
-    site: Site, env: Mapping[str, str], slurm: Slurm, script: Sequence[str]
-) -> tuple[RunDir, Manifest, ArrayTask]:
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a task finds when it starts."""
+
+    run: RunDir
+    manifest: Manifest
+    mine: ArrayTask
+    training: preflight.Training
+
+
+def enter(site: Site, env: Mapping[str, str], slurm: Slurm, script: Sequence[str]) -> Opening:
     """The run that this task is to train in: one that is there, or its array's own.
 
     Args:
@@ -59,11 +70,23 @@ def enter(
             f"TFT_SPARES={site.spares} of {mine.count} array tasks leaves no replica group: submit "
             "--array=0-N with one task for each group and one for each spare"
         )
-    training = preflight.check_script(site, script[0]) if script else preflight.check(site)
     outputs = Outputs(site.outputs.absolute())
     run = outputs.find(site.run) if site.run else outputs.run_of_array(mine.array)
+    replicas, nodes = mine.count - site.spares, max(1, len(mine.task.nodes))
+    groups = site.max_replicas or replicas
+    if site.run:
+        known = run.manifest()
+        site, groups = _as_it_began(site, known), known.group_size
+    if script:
+        training = preflight.check_script(site, script[0])
+    else:
+        training = preflight.check(site, groups, nodes)
     url, folder = _lighthouse(site, outputs, run)
     lighthouse.require_answer(url, patience=LIGHTHOUSE_PATIENCE)
+    address = folder.address()
+    waits = 0 if address is None else address.join_timeout_ms
+    if problem := lighthouse_problem(training.method, groups, waits):
+        raise UsageError(problem)
     if site.run:
         run.join(mine.array)
     folder.claim(run.number, slurm)
@@ -79,14 +102,24 @@ def enter(
         run,
         url,
         folder,
-        replicas=mine.count - site.spares,
-        nodes=max(1, len(mine.task.nodes)),
+        replicas=replicas,
+        nodes=nodes,
         user=env.get("SLURM_JOB_USER", ""),
         script=script,
     )
     manifest = run.create(first)
     _refuse_misfits(site, run, manifest, mine.task)
-    return run, manifest, mine
+    return Opening(run, manifest, mine, training)
+
+
+def _as_it_began(site: Site, manifest: Manifest) -> Site:
+    """The settings of this shell, but with the training of the run that it joins."""
+    return dataclasses.replace(
+        site,
+        config=Path(manifest.config) if manifest.config else site.config,
+        extra_args=manifest.extra_args,
+        method=manifest.method,
+    )
 
 
 def manifest_of(
@@ -114,6 +147,8 @@ def manifest_of(
         extra_args=site.extra_args,
         script=script[0] if script else "",
         script_args=tuple(script[1:]),
+        method=training.method.name,
+        sync_every=1 if training.schedule is None else training.schedule.every,
         lighthouse=url,
         lighthouse_name=folder.path.name,
         steps=training.steps,

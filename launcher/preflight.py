@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import importlib.util
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import timeouts
+from launcher import gpus, methods, timeouts
+from launcher.batches import Batches, Layout, batches
 from launcher.config import Site
+from launcher.methods import HSDP, Learning, Method, Schedule
 from launcher.model import UsageError
+from launcher.titan import setting, switch
 
 #: Any one of these makes a folder a tokenizer to torchtitan.
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
@@ -26,10 +29,26 @@ class Training:
     settings: dict[str, Any]
     """The TOML file as parsed."""
     steps: int | None
+    method: Method = HSDP
+    schedule: Schedule | None = None
+    """When replica groups meet; None: at every step."""
+    batches: Batches | None = None
+    """Batch sizes; None for a job without replica groups."""
+
+    @property
+    def lines(self) -> list[str]:
+        """How the run learns, for a person."""
+        if self.batches is None:
+            return []
+        return methods.lines(self.method, self.schedule, self.batches)
 
 
-def check(site: Site) -> Training:
+def check(site: Site, groups: int = 0, nodes: int = 1) -> Training:
     """Check environment, config, tokenizer and data of a job on this node.
+
+    Args:
+        groups: replica groups of the run; 0 for a job without them.
+        nodes: nodes of each of them.
 
     Raises:
         UsageError: something is missing; says what, where and how to mend it.
@@ -41,9 +60,14 @@ def check(site: Site) -> Training:
         _check_tokenizer(Path(str(tokenizer)), site.config)
     if setting(settings, site.extra_args, "training", "dataset") == "jsonl":
         _check_data(setting(settings, site.extra_args, "training", "dataset_path"), site.config)
-    _check_timeouts(settings, site)
-    steps = setting(settings, site.extra_args, "training", "steps")
-    return Training(settings=settings, steps=_whole(steps, "training.steps"))
+    steps = _whole(setting(settings, site.extra_args, "training", "steps"), "training.steps")
+    if not groups:
+        _refuse(site.config, _timeouts(settings, site, HSDP))
+        return Training(settings=settings, steps=steps)
+    try:
+        return _learning(settings, site, groups, nodes, steps)
+    except ValueError as error:
+        raise UsageError(f"{site.config}: {error}") from error
 
 
 def check_script(site: Site, script: str) -> Training:
@@ -75,19 +99,44 @@ def check_script(site: Site, script: str) -> Training:
     return Training(settings={}, steps=None)
 
 
-def setting(settings: dict[str, Any], extra: Sequence[str], section: str, key: str) -> Any:
-    """``section.key`` as torchtitan will see it: the last flag wins over the file."""
-    names = (f"--{section}.{key}", f"--{section}.{key.replace('_', '-')}")
-    value: Any = None
-    for position, flag in enumerate(extra):
-        name, separator, rest = flag.partition("=")
-        if name in names:
-            following = extra[position + 1] if position + 1 < len(extra) else None
-            value = rest if separator else following
-    if value is not None:
-        return value
-    part = settings.get(section, {})
-    return part.get(key) if isinstance(part, dict) else None
+def _learning(
+    settings: dict[str, Any], site: Site, groups: int, nodes: int, steps: int | None
+) -> Training:
+    """How replica groups learn together.
+
+    Raises:
+        UsageError: they cannot, with every reason.
+        ValueError: a setting is not what it should be.
+    """
+    extra = site.extra_args
+    method = methods.resolve(site.method, settings, extra)
+    schedule = methods.schedule(method, settings, extra)
+    layout = Layout.of(settings, extra, site.ranks_per_node * nodes)
+    interval = _whole(setting(settings, extra, "checkpoint", "interval"), "checkpoint.interval")
+    learning = Learning(
+        method=method,
+        schedule=schedule,
+        layout=layout,
+        steps=steps,
+        device=site.device,
+        process_group=str(setting(settings, extra, "fault_tolerance", "process_group") or "gloo"),
+        capability=gpus.capability() if schedule is not None and schedule.quantize else None,
+        checkpoint_interval=interval if switch(settings, extra, "checkpoint", "enable") else None,
+    )
+    found = [*learning.problems(), *_timeouts(settings, site, method)]
+    sizes = None
+    if not any(layout.problems()):
+        try:
+            sizes = batches(settings, extra, layout, groups)
+        except ValueError as error:
+            found.append(str(error))
+    _refuse(site.config, found)
+    return Training(settings=settings, steps=steps, method=method, schedule=schedule, batches=sizes)
+
+
+def _refuse(config: Path, problems: Iterable[str]) -> None:
+    if found := list(problems):
+        raise UsageError(f"{config}: {'; '.join(found)}")
 
 
 def _check_packages(*modules: str) -> None:
@@ -140,7 +189,7 @@ def _check_data(path: Any, config: Path) -> None:
     )
 
 
-def _check_timeouts(settings: dict[str, Any], site: Site) -> None:
+def _timeouts(settings: dict[str, Any], site: Site, method: Method) -> Iterator[str]:
     names = {
         "init_timeout_seconds": "comm",
         "train_timeout_seconds": "comm",
@@ -149,12 +198,11 @@ def _check_timeouts(settings: dict[str, Any], site: Site) -> None:
     known = {
         key: setting(settings, site.extra_args, section, key) for key, section in names.items()
     }
+    quorum = method.quorum_timeout if site.quorum_timeout is None else site.quorum_timeout
     try:
-        found = list(timeouts.problems(known, site.quorum_timeout))
+        yield from timeouts.problems(known, quorum)
     except (TypeError, ValueError) as error:
-        found = [f"a timeout is not a number: {error}"]
-    if found:
-        raise UsageError(f"{site.config}: {'; '.join(found)}")
+        yield f"a timeout is not a number: {error}"
 
 
 def _whole(value: Any, name: str) -> int | None:

@@ -60,8 +60,20 @@ def size(events: Path) -> int:
 
 
 def committed(events: Path, start: int) -> bool:
-    """Whether the log tells of a committed step after that many bytes."""
+    """Whether the log tells of a committed step after that many bytes.
+
+    With a semi-sync method a group first joins the others, in a sync to which it adds nothing: that is
+    none of its own yet.
+    """
+    joining = stepped = False
     with contextlib.suppress(OSError), events.open("rb") as file:
         file.seek(start)
-        return any(b'"kind":"commit"' in x and b'"committed":true' in x for x in file)
+        for line in file:
+            if b'"kind":"progress"' in line:
+                joining = joining or b'"joining"' in line
+                stepped = stepped or b'"titan_step"' in line
+            elif b'"kind":"commit"' in line and b'"committed":true' in line:
+                its_own = stepped or not joining
+                if its_own:
+                    return True
     return False

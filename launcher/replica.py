@@ -11,6 +11,7 @@ from launcher.config import Site
 from launcher.environment import Task
 from launcher.keeper import Keeper
 from launcher.leader import Spread
+from launcher.methods import METHODS
 from launcher.opening import enter
 from launcher.payload import say
 from launcher.plan import Plan
@@ -29,12 +30,16 @@ def run_replica(env: Mapping[str, str], slurm: Slurm, script: Sequence[str] = ()
         KitError: what is needed is missing; nothing was started.
     """
     site = Site.from_environment(env)
-    run, manifest, mine = enter(site, env, slurm, script)
+    opening = enter(site, env, slurm, script)
+    run, manifest, mine = opening.run, opening.manifest, opening.mine
     if run.finished.exists():
         # Alone, it would train again from the beginning: there is no peer left to heal from.
         say(f"run {run.name} has finished: nothing is left to train for replica {mine.task.index}")
         note(run, mine.task, "exit", code=0, reason="the run has finished")
         return 0
+    if mine.task.index == 0:
+        for line in opening.training.lines:
+            say(line)
     plan = Plan(
         env=env,
         site=site,
@@ -55,7 +60,11 @@ def _flags(env: Mapping[str, str], manifest: Manifest, run: RunDir, task: Task) 
     return replica_flags(
         manifest.config,
         run.path,
-        [*wandb_flags(env, manifest.settings, manifest.extra_args), *manifest.extra_args],
+        [
+            *METHODS[manifest.method].flags(manifest.settings),
+            *wandb_flags(env, manifest.settings, manifest.extra_args),
+            *manifest.extra_args,
+        ],
         replica=task.replica,
         group_size=manifest.group_size,
     )

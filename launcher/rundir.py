@@ -53,6 +53,10 @@ class Manifest:
     script: str = ""
     """Path of the user's own training script, as given; empty: torchtitan trains."""
     script_args: tuple[str, ...] = ()
+    method: str = "hsdp"
+    """How its replica groups learn together, of ``methods.METHODS``."""
+    sync_every: int = 1
+    """Steps of a group between two syncs with the others."""
     lighthouse: str = ""
     """URL of its lighthouse when it started; it may have moved since."""
     lighthouse_name: str = ""

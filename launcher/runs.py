@@ -261,7 +261,8 @@ def _shrink(
 ) -> None:
     """Tell replica groups to leave; those that do not in time are cancelled."""
     state, leaving, told = watcher.state, set(surplus), set[int]()
-    deadline = time.monotonic() + LEAVE_SECONDS
+    patience = LEAVE_SECONDS + 4 * max(g.step_seconds or 0.0 for g in state.groups.values())
+    deadline = time.monotonic() + patience
     while leaving and time.monotonic() < deadline:
         for replica in sorted(leaving):
             group = state.groups[replica]
@@ -281,7 +282,7 @@ def _shrink(
         watcher.look()
     for replica in sorted(leaving):
         _end(run, state.groups[replica].task_index, slurm)
-        say(f"replica {replica} did not leave in {LEAVE_SECONDS:g} s; its task is cancelled")
+        say(f"replica {replica} did not leave in {patience:.0f} s; its task is cancelled")
 
 
 def _end(run: RunDir, task: int, slurm: Slurm) -> None:

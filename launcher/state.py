@@ -53,7 +53,7 @@ class RunState(Outages):
         if event.kind == "listening":
             return self._listening(event)
         if event.kind == "resize":
-            return self._resize(event)
+            return self.resize(int(event.get("replicas", self.size)), event.t)
         if event.kind in ("heartbeat_failed", "quorum_failed"):
             self.lighthouse_errors.append(event.t)
         if event.replica is None or event.replica > 1_000_000:
@@ -116,10 +116,11 @@ class RunState(Outages):
         incident.rejoined_at = incident.healed_at = None  # it may be lost again before it was back
         waited = event.get("waited")
         if waited is not None and waited.since is not None and replica not in waited.requested:
-            seconds = event.t - waited.since
-            ended = incident.end_told(waited.since + HANG_SECONDS)  # another one was waited for
+            since = max(waited.since, group.progress_at)
+            seconds = event.t - since
+            ended = incident.end_told(since + HANG_SECONDS)  # another one was waited for
             if waited.requested and seconds > HANG_SECONDS and not ended:
-                incident.explain([hang_sign(waited.since, seconds, event.source)])
+                incident.explain([hang_sign(since, seconds, event.source)])
         if group.state not in (GroupState.STARTING, GroupState.REQUEUED):
             self.enter(group, GroupState.LOST, event.t)
         return incident
@@ -146,21 +147,6 @@ class RunState(Outages):
             if same and incident.cause is not Cause.LIGHTHOUSE_LOST:
                 incident.explain([same_process_sign(incident.lost_at, event.source)])
         return f"replica {replica} joined" + (" (behind: will heal)" if behind else "")
-
-    def _resize(self, event: Event) -> list[Notice]:
-        """The run is to have another number of replica groups."""
-        self.count_time(event.t)
-        self.quorum_since = event.t if self.members else self.quorum_since
-        before, self.group_size = self.size, int(event.get("replicas", self.size))
-        self.__post_init__()
-        self.seen_full = len(self.members) >= self.size
-        for group in self.groups.values():
-            if group.replica < self.group_size:
-                continue
-            group.left = group.ended_ok = True
-            if group.replica not in self.members:
-                self.enter(group, GroupState.DONE, event.t)
-        return [Notice(event.t, f"the run is resized: {self.size} replica groups, before {before}")]
 
     # -- a replica group's own view: one method a kind of event ----------------------
 
@@ -199,6 +185,7 @@ class RunState(Outages):
         group.gpus, group.ecc_before = {}, {}
         group.boot, group.boot_at, group.launched_at = {}, event.t, event.t
         group.busy_seconds, group.busy_samples = None, 0
+        group.progress_at, group.progress_step, group.own_step_seconds = 0.0, None, None
         self.enter(group, GroupState.STARTING, event.t)
         incident = self.open_incident(group.replica)
         if incident is None and group.attempt > 1 and group.signs:
@@ -317,6 +304,11 @@ class RunState(Outages):
             mean = group.busy_seconds
             group.busy_seconds = busy if mean is None else mean + BUSY_WEIGHT * (busy - mean)
             group.busy_samples += 1
+        return ()
+
+    def _progress(self, group: Group, event: Event) -> Iterable[Notice]:
+        step = event.get("titan_step")
+        group.progressed(event.t, step if isinstance(step, int) else None)
         return ()
 
     def _gpu(self, group: Group, event: Event) -> Iterable[Notice]:

@@ -112,7 +112,10 @@ def plan(resolved: Resolved, env: Mapping[str, str]) -> Submission:
         job = [SCRIPT_JOB, script, *resolved.get("flags", ())]
         handed.pop("TFT_EXTRA_ARGS", None)
     site = Site.from_environment({**env, **handed})
-    training = preflight.check_script(site, script) if script else preflight.check(site)
+    nodes = resolved.get("nodes_per_replica", 1)
+    training = (
+        preflight.check_script(site, script) if script else preflight.check(site, most, nodes)
+    )
     spares = site.spares
     return Submission(
         resolved=resolved,
@@ -125,7 +128,7 @@ def plan(resolved: Resolved, env: Mapping[str, str]) -> Submission:
         replicas=replicas,
         max_replicas=most,
         spares=spares,
-        nodes_per_replica=resolved.get("nodes_per_replica", 1),
+        nodes_per_replica=nodes,
     )
 
 
@@ -153,6 +156,7 @@ def _lighthouse_command(resolved: Resolved, site: Site) -> list[str]:
         ("lighthouse_host", "--host"),
         ("lighthouse_bind", "--bind"),
         ("timeouts", "--timeouts"),
+        ("method", "--method"),
     ):
         if value := resolved.get(key):
             words.append(f"{flag}={value}")

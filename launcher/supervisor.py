@@ -232,6 +232,7 @@ class Supervisor:
                 process_started=start_time(os.getpid()),
                 user=getpass.getuser(),
                 started=time.time(),
+                join_timeout_ms=self._settings.join_timeout_ms,
                 serving=serving,
             )
         )

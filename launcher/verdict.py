@@ -33,7 +33,7 @@ class Verdict:
 
 
 def judge(state: RunState, lost: int) -> Verdict:
-    """Judge the recovery of replica group ``lost`` in a run of per-step synchronisation."""
+    """Judge the recovery of replica group ``lost``."""
     incident = next((i for i in state.incidents if i.replica == lost), None)
     return Verdict(
         checks=[
@@ -62,7 +62,7 @@ def _recovery(incident: Incident | None, lost: int) -> Check:
 def _survivor(state: RunState, replica: int) -> Check:
     group = state.groups[replica]
     text = (
-        f"replica {replica} trained on: {group.commits} steps committed, {group.failed_commits} "
+        f"replica {replica} trained on: {group.commits} {state.counted}s committed, {group.failed_commits} "
         f"failed commit, longest pause {group.longest_pause:.1f} s, "
         f"{state.seconds_below_full:.1f} s below full size"
     )
@@ -94,8 +94,11 @@ def _end(state: RunState) -> Check:
     ok = state.finished and len(steps) == 1
     what = "trained to the last step" if state.finished else "did NOT train to the last step"
     tried = f" of {state.steps} tried" if state.steps is not None else ""
+    if state.sync_every > 1:
+        tried = f", one every {state.sync_every} steps{tried}"
     committed = " and ".join(str(step) for step in steps)
     return Check(
         ok=ok,
-        text=f"all {state.group_size} replica groups {what}: {committed} steps committed{tried}",
+        text=f"all {state.group_size} replica groups {what}: {committed} {state.counted}s "
+        f"committed{tried}",
     )

@@ -110,8 +110,12 @@ class Watcher:
             ]
         acts = run.guardian_events
         logs.append(Log(Tail(acts), ReplicaEventReader(acts.name), lambda event: True))
-        size = manifest.replicas or manifest.group_size
-        state = RunState(size, manifest.steps, manifest.nodes_per_group)
+        state = RunState(
+            manifest.replicas or manifest.group_size,
+            manifest.steps,
+            nodes_per_group=manifest.nodes_per_group,
+            sync_every=manifest.sync_every,
+        )
         return cls(logs, state, run=run, slurm=slurm)
 
     @classmethod

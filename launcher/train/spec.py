@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torchtitan.protocols.train_spec as train_spec
 from torch.distributed.fsdp import FSDPModule
+from torchtitan.components.ft.diloco import FaultTolerantTrainSpec, fragment_llm
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
@@ -30,6 +31,8 @@ def adapt(job_config: JobConfig) -> None:
         importlib.import_module(job_config.experimental.custom_import)
     name = job_config.model.name
     spec = train_spec.get_train_spec(name)
+    if not hasattr(spec, "fragment_fn"):
+        spec = _fragmentable(spec)
     adapted = dataclasses.replace(
         spec,
         parallelize_fn=_parallelize(spec.parallelize_fn),
@@ -38,6 +41,14 @@ def adapt(job_config: JobConfig) -> None:
     )
     # register_train_spec refuses a name that is taken; replacing is what is wanted.
     train_spec._extra_train_specs[name] = adapted
+
+
+def _fragmentable(spec: Any) -> FaultTolerantTrainSpec:
+    """Works around: torchtitan 0.2.2 cuts only ``llama3_ft`` into fragments for streaming DiLoCo. Of
+    any other model ``num_fragments`` would be left out in silence. Its function knows models of
+    embeddings, layers, norm and output, as all of torchtitan's language models are."""
+    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    return FaultTolerantTrainSpec(**fields, fragment_fn=fragment_llm)
 
 
 def _parallelize(original: Callable[..., Any]) -> Callable[..., Any]:

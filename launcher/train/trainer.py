@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -17,11 +17,12 @@ from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 
-from launcher.train import data, spec
+from launcher.train import data, semi_sync, spec
 from launcher.train.checkpoint import ReplicaCheckpointManager
 from launcher.train.metrics import ReplicaMetricsProcessor
 from launcher.train.own_work import OwnWork
 from launcher.train.recorder import Recorder
+from launcher.train.semi_sync import Pace, SemiSync
 from launcher.train.weights import weight_hash
 
 #: Seconds after its start in which a restarted replica group looks whether its peers have
@@ -29,11 +30,20 @@ from launcher.train.weights import weight_hash
 TOO_LATE_SECONDS = 60.0
 #: Seconds between two looks at whether to leave the run.
 LOOK_SECONDS = 0.5
+#: Seconds from a group's last heartbeat until its launcher has said that it finished (2 s of sleep
+#: in torchtitan, and the end of its processes), and looks in that time.
+FINISHING_SECONDS, FINISHING_LOOKS = 10.0, 20
 
 
 class ReplicaFTManager(FTManager):
     """Keeps torchtitan from summing the loss over replica groups; our metrics
     processor averages it (see ``ReplicaMetricsProcessor``)."""
+
+    semi_sync: SemiSync | None = None
+    """The method of groups that train by themselves between two syncs."""
+
+    on_step: Callable[[], None] = staticmethod(lambda: None)
+    """Called then after each step of the optimizer, before a sync."""
 
     @property
     def loss_sync_pg(self) -> None:
@@ -51,11 +61,13 @@ class ReplicaTrainer(ft_train.FTTrainer):
         self._recorder = Recorder.from_environment()
         self._recorder.attach_to_torchft()
         self._recorder.record("start", pid=os.getpid(), begun=round(self.begun, 3))
-        self._hash_every = int(os.environ.get("TFT_WEIGHT_HASH_EVERY") or "0")
-        self._hash_every = self._hash_every or job_config.metrics.log_freq
+        # Semi-sync groups meet seldom: every sync is worth a hash.
+        usual = 1 if job_config.fault_tolerance.semi_sync_method else job_config.metrics.log_freq
+        self._hash_every = int(os.environ.get("TFT_WEIGHT_HASH_EVERY") or "0") or usual
         self._pace = float(os.environ.get("TFT_MIN_STEP_SECONDS") or "0")
         self._timeout_reduced = False
         self._hashed_step = -1
+        self._joined = False
         self._may_be_too_late = int(os.environ.get("TFT_ATTEMPT") or "1") > 1
         self._leave_at, self._looked_at = sys.maxsize, 0.0
         spec.adapt(job_config)
@@ -80,6 +92,8 @@ class ReplicaTrainer(ft_train.FTTrainer):
     def train_step(
         self, data_iterator: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]
     ) -> None:
+        if not self._join():
+            return
         started = time.monotonic()
         self._stop_if_too_late()
         self._leave_if_told()
@@ -89,6 +103,28 @@ class ReplicaTrainer(ft_train.FTTrainer):
         self._reduce_timeout_after_heal()
         if self._pace:
             time.sleep(max(0.0, self._pace - (time.monotonic() - started)))
+
+    def _join(self) -> bool:
+        """Meet the other groups before the first step, where they do not meet at every one; False
+        when the others had come to the last step."""
+        method = getattr(self.ft_manager, "semi_sync", None)
+        if self._joined or method is None:
+            return True
+        self._joined = True
+        if self._recorder.rank == 0:
+            timeout = float(os.environ.get("TORCHFT_QUORUM_TIMEOUT_SEC") or "60")
+            pace = Pace(self._recorder.record, timeout)
+            self.ft_manager.on_step = lambda: pace.step(self.step, method.every)
+            pace.joining()
+        healed = method.join(self._stop_if_waited_for_nobody)
+        self._ready_at = time.monotonic()
+        self._record_weights()
+        if healed:
+            self.lr_schedulers.step()
+            if self.step >= self.job_config.training.steps:
+                return False
+            self.step += 1
+        return True
 
     def _say_when_busy(self) -> None:
         """Tell of what takes long and makes peers wait, so that it is not taken for a hang."""
@@ -141,16 +177,27 @@ class ReplicaTrainer(ft_train.FTTrainer):
             logger.info(f"leaves the run at step {manager.current_step()}, as it was told to")
             sys.exit(0)
 
+    def _stop_if_waited_for_nobody(self) -> None:
+        """The same after a wait for the others, which may have ended because they have finished
+        just now: their launchers say so when their processes have ended."""
+        for _ in range(FINISHING_LOOKS if self._may_be_too_late else 0):  # all ranks look as often
+            self._ready_at = time.monotonic()
+            self._stop_if_too_late()
+            time.sleep(FINISHING_SECONDS / FINISHING_LOOKS)
+
     def _record_weights(self) -> None:
         """Log the hash of this rank's weights with the manager's step, the only step
         count by which replica groups can be compared (torchtitan's advances on failed
         commits too)."""
         manager = self._manager
         step = self.step if manager is None else manager.current_step()
-        if step % self._hash_every == 0 and step != self._hashed_step:
+        if step % self._hash_every == 0 and step != self._hashed_step and step > 0:
             self._hashed_step = step
+            method = getattr(self.ft_manager, "semi_sync", None)
+            parameters = (p for part in self.model_parts for p in part.parameters())
             try:
-                self._recorder.record("weights", step=step, hash=weight_hash(self.model_parts))
+                weights = parameters if method is None else method.shared(self.model_parts)
+                self._recorder.record("weights", step=step, hash=weight_hash(weights))
             except (NotImplementedError, RuntimeError) as error:
                 # A check must not end what it checks: some device may lack hash_tensor.
                 logger.warning(f"weights are not hashed from here on: {error}")
@@ -183,4 +230,5 @@ def run(begun: float = 0.0) -> None:
     # FTTrainer builds these two itself, by the names it imported.
     ft_train.FTManager = ReplicaFTManager  # type: ignore[misc]
     ft_train.CheckpointManager = ReplicaCheckpointManager  # type: ignore[misc]
+    ft_train.maybe_semi_sync_training = semi_sync.attached(ft_train.maybe_semi_sync_training)
     ft_train.main(ReplicaTrainer)

@@ -10,18 +10,17 @@ from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def weight_hash(model_parts: Iterable[torch.nn.Module]) -> str:
-    """Hash of this rank's parameter shards, 16 hexadecimal digits.
+def weight_hash(weights: Iterable[torch.Tensor]) -> str:
+    """Hash of this rank's shards of ``weights``, 16 hexadecimal digits.
 
     Equal on the same rank of two replica groups exactly when each of their shards
     has the same exclusive-or over its elements' bits (``torch.hash_tensor``), which
     any single differing weight changes. Runs on the device; one small copy to the host.
     """
     shards = []
-    for part in model_parts:
-        for parameter in part.parameters():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            if local.numel():
-                shards.append(torch.hash_tensor(local.detach()).view(torch.int64))
+    for weight in weights:
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        if local.numel():
+            shards.append(torch.hash_tensor(local.detach()).view(torch.int64))
     digests = torch.stack(shards).tolist() if shards else []
     return hashlib.blake2b(repr(digests).encode(), digest_size=8).hexdigest()

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -84,9 +84,9 @@ class Training:
 
 @contextlib.contextmanager
 def training(
-    cluster: Workspace, sandbox: Sandbox, tasks: int = 2, *flags: str
+    cluster: Workspace, sandbox: Sandbox, tasks: int = 2, flags: Sequence[str] = ()
 ) -> Iterator[Training]:
-    job = int(cluster.sh("sbatch", "--parsable", *flags, f"--array=0-{tasks - 1}", SCRIPT))
+    job = int(cluster.sh("sbatch", "--parsable", f"--array=0-{tasks - 1}", *flags, SCRIPT))
     going = Training(cluster, sandbox, job)
     try:
         with going.watcher:

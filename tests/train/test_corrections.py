@@ -283,12 +283,12 @@ class TestWeightHash:
 
         torch.manual_seed(0)
         model = torch.nn.Linear(64, 64)
-        before = weight_hash([model])
-        assert before == weight_hash([model])
+        before = weight_hash(model.parameters())
+        assert before == weight_hash(model.parameters())
         assert len(before) == 16
         with torch.no_grad():
             model.weight[3, 5] = torch.nextafter(model.weight[3, 5], torch.tensor(9.0))
-        assert weight_hash([model]) != before
+        assert weight_hash(model.parameters()) != before
 
 
 class TestDevice:

@@ -14,7 +14,6 @@ import pytest
 from launcher import orders
 from launcher.care import (
     BUSY_SECONDS,
-    FIRST_STEPS_SECONDS,
     LAUNCH_HELD,
     MOST_REQUEUES,
     MOST_SPARE_REQUEUES,
@@ -31,6 +30,7 @@ from launcher.model import UsageError
 from launcher.rundir import Outputs, RunDir
 from launcher.slurm import Job, Node, Slurm
 from launcher.spares import Spare
+from launcher.stalls import FIRST_STEPS_SECONDS
 from launcher.state import RunState
 from launcher.timeouts import HANG_SECONDS
 from launcher.watcher import Watcher

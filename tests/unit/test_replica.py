@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,44 @@ def test_a_replica_group_is_started_as_its_array_task_says(
     kinds = [json.loads(line)["kind"] for line in run.events(1).read_text().splitlines()]
     assert kinds == ["launch", "exit"]
     assert not fake_run.calls
+
+
+def test_a_method_reaches_the_trainer_its_timeouts_the_manifest_and_the_log(
+    env: dict[str, str],
+    torchrun: list[Payload],
+    fake_run: FakeRun,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    env |= {"TFT_METHOD": "diloco", "SLURM_ARRAY_TASK_ID": "0"}
+    env["TFT_EXTRA_ARGS"] = "--fault_tolerance.sync_steps=11"
+    url = env["TORCHFT_LIGHTHOUSE"]
+    outputs = Outputs(Path("outputs").absolute())
+    address = lighthouse.Address(
+        url=url, host="h", port=1, pid=1, process_started=0.0, user="u", started=0.0
+    )
+    for waits, refused in ((10_000, True), (600_000, False)):
+        folder = LighthouseDir.of(outputs, url)
+        folder.publish(replace(address, join_timeout_ms=waits))
+        if refused:
+            with pytest.raises(UsageError, match=r"waits 10 s for .* TFT_METHOD=diloco set"):
+                run_replica(env, Slurm(fake_run))
+            assert torchrun == []
+        else:
+            assert run_replica(env, Slurm(fake_run)) == 0
+    (payload,) = torchrun
+    flags = payload._argv[payload._argv.index("launcher.train") + 6 :]
+    assert flags == [
+        "--fault_tolerance.semi_sync_method=diloco",
+        "--fault_tolerance.sync_steps=100",
+        "--job.custom_config_module=torchtitan.components.ft.config",
+        "--fault_tolerance.sync_steps=11",
+    ], "those of the user are the last"
+    assert payload._env["TORCHFT_QUORUM_TIMEOUT_SEC"] == "3600"
+    manifest = outputs.find("50").manifest()
+    assert (manifest.method, manifest.sync_every) == ("diloco", 11)
+    said = capsys.readouterr().out.splitlines()
+    assert "] method diloco: a sync every 11 steps;" in said[0]
+    assert "] batch: 8 a rank, once a step; 64 a replica group" in said[1]
 
 
 def test_the_group_size_is_the_manifests_after_a_single_index_is_resubmitted(
