@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from launcher import drill_cli, lighthouse_cli
+from launcher import drill_cli, lighthouse_cli, local_cli
 from launcher.lighthouse_cli import OUTPUTS, OutputsOption, say
 from launcher.model import KitError, ReportFormat
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 sandbox_app = typer.Typer(no_args_is_help=True, help="A real Slurm on this one machine, as root.")
 app.add_typer(lighthouse_cli.app, name="lighthouse")
 app.add_typer(drill_cli.app, name="drill")
+app.add_typer(local_cli.app, name="local")
 app.add_typer(sandbox_app, name="sandbox")
 
 FolderOption = Annotated[Path, typer.Option("--dir", help="The sandbox's own folder.")]
@@ -93,6 +94,7 @@ def monitor(
     from launcher.model import UsageError
     from launcher.outlets import Outlets
     from launcher.rundir import Outputs
+    from launcher.scheduler import scheduler_of
     from launcher.slurm import Slurm
     from launcher.watcher import Watcher
 
@@ -112,11 +114,11 @@ def monitor(
         raise UsageError("--act is for following: leave --once out")
     if once and (events_to or prometheus):
         raise UsageError("--events-to and --prometheus are for following: leave --once out")
-    slurm = Slurm()
     if bare:
         watcher = Watcher.of_files(lighthouse_log, replica_log or [])
     else:
-        chosen = monitor.choose(Outputs(outputs.absolute()), run or None, slurm)
+        chosen = monitor.choose(Outputs(outputs.absolute()), run or None, Slurm())
+        slurm = scheduler_of(chosen)
         if not once:
             outlets = Outlets(
                 events_to=events_to, prometheus=prometheus, webhook=webhook, env=os.environ

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Protocol
 
 from launcher import hands, stacks
-from launcher.drills import SANDBOX, Follows, Kind, Step, Target
+from launcher.drills import OWNER, SANDBOX, Follows, Kind, Step, Target
 from launcher.lighthouse import LighthouseDir, alive
 from launcher.model import BlindError, KitError, UsageError
 from launcher.process import Run, run
 from launcher.rundir import Manifest, RunDir
-from launcher.slurm import Slurm
+from launcher.scheduler import LOCAL, Scheduler
 from launcher.state import RunState
 
 #: File that marks a sandbox's folder.
@@ -54,7 +54,7 @@ class Injector:
 
     def __init__(
         self,
-        slurm: Slurm,
+        slurm: Scheduler,
         say: Callable[[str], None],
         *,
         run: Run = run,
@@ -143,7 +143,7 @@ def aim(
     run_dir: RunDir,
     manifest: Manifest,
     state: RunState,
-    slurm: Slurm,
+    slurm: Scheduler,
     env: Mapping[str, str],
     *,
     replica: int | None = None,
@@ -158,6 +158,12 @@ def aim(
         UsageError: there is no such group, or the drill cannot be done here; says why.
         BlindError: Slurm cannot be asked.
     """
+    local = manifest.cluster == LOCAL
+    if local and (kind.whole_node or kind.rights != OWNER):
+        raise UsageError(
+            f"{kind.name} is done to Slurm's nodes, and {manifest.run} runs on this machine without "
+            "Slurm: kill-replica, for example, needs none (`python -m launcher drill list`)"
+        )
     folder = str(Path(env.get("SLURM_CONF", "/")).parent)
     sandbox = folder if (Path(folder) / MARK).is_file() else ""
     if kind.rights == SANDBOX and not sandbox:
@@ -177,7 +183,7 @@ def aim(
     if kind.name == "preempt" and not partition:
         raise UsageError("preempt needs --partition: one whose jobs preempt those of this run")
     pids = stacks.rank_pids(run_dir.events(chosen), group.attempt)
-    at_node = _way_to(group.host, pids, run_dir, manifest, group.task_index, slurm)
+    at_node = () if local else _way_to(group.host, pids, run_dir, manifest, group.task_index, slurm)
     if not 0 <= rank < max(1, len(pids)):
         raise UsageError(f"replica {chosen} has ranks 0 to {len(pids) - 1}, and no {rank}")
     task = f"{manifest.array_job_id}_{group.task_index}"
@@ -198,6 +204,7 @@ def aim(
         time_limit=slurm.time_limit(task) if kind.name == "time-limit" else "",
         seconds=seconds,
         rank=rank,
+        local=local,
     )
 
 
@@ -221,7 +228,7 @@ def _way_to(
     run_dir: RunDir,
     manifest: Manifest,
     task: int,
-    slurm: Slurm,
+    slurm: Scheduler,
 ) -> tuple[str, ...]:
     """What runs a command where those processes are: nothing, when that is here."""
     if any(hands.of_run(pid, str(run_dir.path)) for pid in pids.values()):

@@ -8,7 +8,7 @@ from launcher.history import History
 from launcher.model import ReportFormat, UsageError
 from launcher.report import render
 from launcher.rundir import RunDir, replace
-from launcher.slurm import Slurm
+from launcher.scheduler import scheduler_of
 from launcher.watcher import Watcher
 
 
@@ -26,7 +26,7 @@ def publish(run: RunDir, shape: ReportFormat, output: Path | None = None) -> Pat
     if output is not None and output.is_dir():
         raise UsageError(f"cannot write {output}: it is a folder, name a file in it")
     history = History()
-    with Watcher.of_run(run, Slurm()) as watcher:
+    with Watcher.of_run(run, scheduler_of(run)) as watcher:
         watcher.on_event = history.note
         watcher.look(final=True)
         return write(run, watcher, history, shape, output)

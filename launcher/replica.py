@@ -19,7 +19,7 @@ from launcher.payload import say
 from launcher.plan import Plan
 from launcher.records import note
 from launcher.rundir import Manifest, Outputs, RunDir
-from launcher.slurm import Slurm
+from launcher.scheduler import Scheduler, cluster_of, scheduler_of
 
 _ARRAY = ("JOB_ID", "TASK_ID", "TASK_COUNT", "TASK_MIN", "TASK_MAX")
 _PACKAGES = ("torch", "torchft-nightly", "torchtitan")
@@ -27,7 +27,7 @@ _PACKAGES = ("torch", "torchft-nightly", "torchtitan")
 LIGHTHOUSE_PATIENCE = 3.0
 
 
-def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
+def run_replica(env: Mapping[str, str], slurm: Scheduler) -> int:
     """Run the replica group that Slurm started us for; returns the task's exit code.
 
     Raises:
@@ -45,6 +45,7 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
     url, folder = lighthouse.discover(outputs, site.lighthouse)
     lighthouse.require_answer(url, patience=LIGHTHOUSE_PATIENCE)
     run = outputs.run_of_array(array_id)
+    scheduler = scheduler_of(run, slurm)
     folder.claim(array_id, slurm)
     if not run.manifest_path.exists():
         try:
@@ -68,6 +69,7 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
             created=time.time(),
             versions=_versions(),
             settings=training.settings,
+            cluster=cluster_of(run),
         )
     )
     if task.index >= manifest.group_size + manifest.spares:
@@ -90,7 +92,7 @@ def run_replica(env: Mapping[str, str], slurm: Slurm) -> int:
         argv=partial(_argv, site, manifest),
         slurm_task=f"{array_id}_{task.index}",
     )
-    return Keeper(plan, task, slurm).run()
+    return Keeper(plan, task, scheduler).run()
 
 
 def _flags(env: Mapping[str, str], manifest: Manifest, run: RunDir, task: Task) -> list[str]:

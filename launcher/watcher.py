@@ -18,7 +18,8 @@ from launcher.findings import Finding, Snapshot, judge
 from launcher.lighthouse_log import LighthouseReader, Waiting
 from launcher.model import BlindError, GroupState
 from launcher.rundir import RunDir
-from launcher.slurm import Job, Node, Slurm
+from launcher.scheduler import Scheduler
+from launcher.slurm import Job, Node
 from launcher.state import Notice, RunState
 from launcher.tail import Tail
 
@@ -61,7 +62,9 @@ class Log:
 class Watcher:
     """Reads one run; every look folds in what is new."""
 
-    def __init__(self, logs: list[Log], state: RunState, *, job: int | None, slurm: Slurm | None):
+    def __init__(
+        self, logs: list[Log], state: RunState, *, job: int | None, slurm: Scheduler | None
+    ):
         self.state = state
         self.blind: dict[str, str] = {}
         """Sources that could not be read at the last look, with why."""
@@ -86,7 +89,7 @@ class Watcher:
         """Called after each event has been folded in (a history, for example)."""
 
     @classmethod
-    def of_run(cls, run: RunDir, slurm: Slurm | None = None) -> Watcher:
+    def of_run(cls, run: RunDir, slurm: Scheduler | None = None) -> Watcher:
         """Watch a run of ours by everything in its directory."""
         manifest = run.manifest()
         older = run.lighthouse_log.with_name(run.lighthouse_log.name + ".1")
@@ -214,7 +217,7 @@ class Watcher:
                 return log.reader.waiting
         return Waiting()
 
-    def _ask_jobs_and_nodes(self, slurm: Slurm, job: int, every: float) -> list[Job]:
+    def _ask_jobs_and_nodes(self, slurm: Scheduler, job: int, every: float) -> list[Job]:
         jobs = slurm.jobs(job)
         if time.monotonic() - self._nodes_asked >= every:
             self._nodes_asked = time.monotonic()
