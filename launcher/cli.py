@@ -265,11 +265,15 @@ def demo(
         Path | None, typer.Option("--dir", help="Sandbox folder; default: one of its own in /run.")
     ] = None,
     steps: Annotated[int, typer.Option(min=60, help="Steps to train.")] = 100,
+    cluster: Annotated[
+        str,
+        typer.Option(help="slurm, or local: without it; default: slurm, where it can be had."),
+    ] = "",
 ) -> None:
     """Lose a node and train on: the README's steps on a sandbox, with a verdict."""
     from launcher.demo import run_demo
 
-    raise typer.Exit(run_demo(outputs, folder, steps, say=say))
+    raise typer.Exit(run_demo(outputs, folder, steps, cluster=cluster, say=say))
 
 
 def _exports(environment: dict[str, str]) -> str:
