@@ -122,7 +122,7 @@ class Demo:
                         self._tell(notice.text, notice.t)
                     if not condition():
                         raise CriticalError(
-                            f"no task is left in Slurm's queue (waiting for: {stage}); see the "
+                            f"{watcher.state.scheduler} has no task left (waiting for: {stage}); see the "
                             f"logs in {self._outputs.torchft}"
                         )
             if time.monotonic() > deadline:

@@ -93,7 +93,7 @@ def _groups(watcher: Watcher, now: float) -> Table:
         table.add_column(
             name, no_wrap=True, justify="left" if name in ("state", "node") else "right"
         )
-    table.add_column("Slurm")
+    table.add_column(state.scheduler)
     rows = list(state.groups.values())
     hidden = 0
     if len(rows) > MOST_ROWS:

@@ -179,9 +179,11 @@ class LocalFiles:
 class Local:
     """A run of one machine, asked as `launcher.slurm.Slurm` is."""
 
+    name = "the daemon"
+
     def __init__(self, run: RunDir, patience: float = ANSWER_SECONDS) -> None:
         self._files = LocalFiles(run)
-        self._name = run.name
+        self._run = run.name
         self._patience = patience
 
     def jobs(self, job_id: int) -> list[Job]:
@@ -274,36 +276,36 @@ class Local:
             BlindError: the daemon could not be asked.
         """
         if job_id != self._id:
-            raise LocalError(f"{self._name} has no tasks of job {job_id}")
+            raise LocalError(f"{self._run} has no tasks of job {job_id}")
         self._ask("cancel")
 
     @property
     def _id(self) -> int:
-        return int(self._name.removeprefix("tft-"))
+        return int(self._run.removeprefix("tft-"))
 
     def _index(self, task: str) -> int:
         match = re.fullmatch(r"(\d+)_(\d+)", task)
         if match is None or int(match[1]) != self._id:
-            raise ValueError(f"not the name of an array task of {self._name}: {task!r}")
+            raise ValueError(f"not the name of an array task of {self._run}: {task!r}")
         return int(match[2])
 
     def _ask(self, what: str, **fields: object) -> None:
         if self._files.living().ended:
-            raise LocalError(f"{what}: {self._name} has ended, and its daemon with it")
+            raise LocalError(f"{what}: {self._run} has ended, and its daemon with it")
         ident = secrets.token_hex(8)
         request = self._files.requests / f"{ident}.json"
         answer = self._files.requests / f"{ident}.answer"
         try:
             replace(request, json.dumps({"do": what, **fields}) + "\n")
         except KitError as error:
-            raise BlindError(f"the daemon of {self._name} cannot be asked: {error}") from error
+            raise BlindError(f"the daemon of {self._run} cannot be asked: {error}") from error
         deadline = time.monotonic() + self._patience
         while (said := read_json(answer)) is None:
             if time.monotonic() > deadline:
                 request.unlink(missing_ok=True)  # not to be done later, when nobody expects it
                 self._files.living()  # says more, if the daemon is gone
                 raise BlindError(
-                    f"the daemon of {self._name} did not answer within {self._patience:g} s"
+                    f"the daemon of {self._run} did not answer within {self._patience:g} s"
                 )
             time.sleep(0.02)
         answer.unlink(missing_ok=True)

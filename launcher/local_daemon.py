@@ -159,7 +159,9 @@ class Daemon:
 
     def _queue_again(self, index: int) -> None:
         restarts = self._tasks[index].restarts + 1
-        self._set(index, state="PENDING", reason="BeginTime", node="", start=0.0, restarts=restarts)
+        self._set(
+            index, state="PENDING", reason="StartedJustNow", node="", start=0.0, restarts=restarts
+        )
 
     def _start_if_possible(self, index: int) -> None:
         task, running = self._tasks[index], self._running[index]

@@ -205,7 +205,10 @@ def _environment(
         "SLURM_JOB_USER": user,
         "SLURM_SUBMIT_DIR": str(Path.cwd()),
     }
-    return {**SETTINGS, **given, **own}
+    defaults = dict(SETTINGS)
+    if not os.access(given.get("HOME", ""), os.W_OK):
+        defaults["HF_HOME"] = str(outputs.cache)  # by its own default it is below the home
+    return {**defaults, **given, **own}
 
 
 def _user(env: Mapping[str, str]) -> str:

@@ -43,7 +43,7 @@ def write(
     state = watcher.state
     history.check(state)
     if state.finished:
-        watcher.blind.pop("Slurm", None)  # nothing is left that Slurm could tell
+        watcher.blind.pop(state.scheduler, None)  # nothing is left that it could tell
     end = state.last_event if state.finished else watcher.present
     path = output or run.report(shape.suffix)
     text = render(shape, run.manifest(), state, history, watcher.findings(end), end)

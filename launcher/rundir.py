@@ -195,6 +195,11 @@ class Outputs:
         return self.root / "torchft"
 
     @property
+    def cache(self) -> Path:
+        """Of libraries, for who has no home directory."""
+        return self.root / "cache"
+
+    @property
     def lighthouses(self) -> Path:
         return self.torchft / "lighthouses"
 

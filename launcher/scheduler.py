@@ -18,6 +18,9 @@ class Scheduler(Protocol):
     """What a run needs to ask; `launcher.slurm.Slurm` says what each of it means. "Could not ask"
     is a ``BlindError``."""
 
+    name: str
+    """In words, for people."""
+
     def jobs(self, job_id: int) -> list[Job]: ...
     def nodes(self) -> list[Node]: ...
     def arrays_on(self, node: str) -> list[int]: ...

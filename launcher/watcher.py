@@ -73,6 +73,8 @@ class Watcher:
         self._logs = logs
         self._job = job
         self._slurm = slurm
+        if slurm is not None:
+            state.scheduler = slurm.name
         self.jobs: list[Job] = []
         """The run's array tasks, as last asked."""
         self.eager = False
@@ -251,7 +253,7 @@ class Watcher:
                 notices = self.state.observe(jobs, now)
                 notices += self.state.observe_nodes(self.nodes.values(), now)
         if self._slurm_problem:
-            self.blind["Slurm"] = self._slurm_problem
+            self.blind[self.state.scheduler] = self._slurm_problem
         return notices
 
 
