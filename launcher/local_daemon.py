@@ -47,6 +47,8 @@ START_EVERY = 2.0
 #: Seconds without a live task after which nobody is expected to requeue one: longer than a
 #: guardian waits before it says that a run has ended early.
 LINGER_SECONDS = 150.0
+#: Seconds between two lines about what cannot be done and is tried again.
+COMPLAIN_EVERY = 60.0
 
 
 @dataclass(slots=True)
@@ -72,6 +74,12 @@ class Lighthouse(Protocol):
     def end(self) -> None: ...
 
 
+def tell(line: str) -> None:
+    """One line in the daemon's log; a disk that is full costs the line, and nothing else."""
+    with contextlib.suppress(OSError):
+        say(line)
+
+
 class Daemon:
     """Runs the tasks of one run."""
 
@@ -84,8 +92,10 @@ class Daemon:
         self._env = dict(env)
         self._tasks = [LocalTask(task=i, state="PENDING") for i in range(self._array.tasks)]
         self._running = [Running() for _ in self._tasks]
+        self._process_started = start_time(os.getpid())
         self._written: State | None = None
         self._signed = 0.0
+        self._complained = float("-inf")
         self._idle_since: float | None = None
         self._ended = False
         self.stopping = False
@@ -98,7 +108,7 @@ class Daemon:
                 try:
                     self.look()
                 except OSError as error:  # a full disk, no more processes: not for ever
-                    say(f"something cannot be done now: {error}")
+                    self._complain(f"something cannot be done now: {error}")
                     time.sleep(SIGN_EVERY)
                 time.sleep(LOOK_EVERY)
         finally:
@@ -136,7 +146,7 @@ class Daemon:
             if left and now < running.gone_by:
                 return
             if left:
-                say(f"task {index}: processes {left} do not end, not even by SIGKILL")
+                tell(f"task {index}: processes {left} do not end, not even by SIGKILL")
             self._conclude(index, running.code)
 
     def _conclude(self, index: int, code: int) -> None:
@@ -151,7 +161,7 @@ class Daemon:
             state = "PENDING"
         else:
             state = "COMPLETED" if code == 0 else "FAILED"
-        say(f"task {index} ended ({how}): {state}")
+        tell(f"task {index} ended ({how}): {state}")
         if state == "PENDING":
             self._queue_again(index)
         else:
@@ -178,10 +188,10 @@ class Daemon:
                     self._array.command, self._environment(task, node), out, err
                 )
         except OSError as error:
-            say(f"task {index} cannot be started: {error}")
+            tell(f"task {index} cannot be started: {error}")
             self._set(index, state="FAILED", reason="launch failed")
             return
-        say(f"task {index} started on {node.name} (pid {pid})")
+        tell(f"task {index} started on {node.name} (pid {pid})")
         self._set(index, state="RUNNING", node=node.name, reason="None", pid=pid, start=time.time())
 
     def _log(self, index: int, stream: str) -> Any:
@@ -243,7 +253,7 @@ class Daemon:
         if self.stopping or self._ended:
             raise LocalError(f"{self._run.name} is ending")
         if what == "cancel":
-            say("asked to cancel every task")
+            tell("asked to cancel every task")
             self._cancel()
             return
         index = int(request["task"])
@@ -260,7 +270,9 @@ class Daemon:
         task = self._tasks[index]
         if task.state == "PENDING":
             raise LocalError(f"task {index} is pending already")
-        say(f"task {index} ({task.state}) is requeued")
+        if self._running[index].then == "cancel":
+            raise LocalError(f"task {index} is being cancelled")
+        tell(f"task {index} ({task.state}) is requeued")
         if task.live:
             self._tell_to_end(index, "requeue", " DUE TO JOB REQUEUE")
         else:
@@ -322,7 +334,7 @@ class Daemon:
         state = State(
             host=socket.gethostname(),
             pid=os.getpid(),
-            process_started=start_time(os.getpid()),
+            process_started=self._process_started,
             lighthouse=self._lighthouse.url,
             ended=self._ended,
             tasks=tuple(self._tasks),
@@ -336,14 +348,21 @@ class Daemon:
                 os.utime(self._files.state_path)
                 self._signed = now
         except (KitError, OSError) as error:
-            say(f"the state is not kept, and will be tried again: {error}")
+            self._written = None  # to be tried again
+            self._complain(f"the state is not kept: {error}")
+
+    def _complain(self, problem: str) -> None:
+        """Tell of what will be tried again, not every time."""
+        if time.monotonic() - self._complained > COMPLAIN_EVERY:
+            self._complained = time.monotonic()
+            tell(problem)
 
 
 def main(words: Sequence[str]) -> int:
     """Be the daemon of the run in the folder that is named; returns an exit code."""
     run, children, env = RunDir(Path(words[0])), Children(), dict(os.environ)
     try:
-        lighthouse = OwnLighthouse(run, children, env)
+        lighthouse = OwnLighthouse(run, children, env, tell)
         daemon = Daemon(run, children, lighthouse, env)
 
         def stop(number: int, frame: object) -> None:

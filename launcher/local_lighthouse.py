@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from launcher.children import Children, send
 from launcher.lighthouse import LighthouseDir
 from launcher.model import KitError
-from launcher.payload import say
 from launcher.rundir import Outputs, RunDir
 
 #: Address that everything of such a run uses.
@@ -27,8 +26,14 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 class OwnLighthouse:
     """A lighthouse that is named after the run, with its supervisor and the run's guardian."""
 
-    def __init__(self, run: RunDir, children: Children, env: Mapping[str, str]) -> None:
-        self._children = children
+    def __init__(
+        self,
+        run: RunDir,
+        children: Children,
+        env: Mapping[str, str],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._children, self._tell = children, tell
         self._outputs = Outputs(run.path.parent.parent)
         self._folder = LighthouseDir(self._outputs.lighthouses / run.name)
         # Everything about it is said by flags; how soon it gives a group up may be set.
@@ -54,7 +59,7 @@ class OwnLighthouse:
             while self._pid and not stopping():
                 address = self._folder.address()
                 if address is not None and address.pid == self._pid:
-                    say(f"the lighthouse is up at {self.url} (pid {self._pid})")
+                    self._tell(f"the lighthouse is up at {self.url} (pid {self._pid})")
                     return
                 if self._children.code(self._pid) is not None:
                     self._pid = 0  # others may have taken its port: again, with another
@@ -73,14 +78,16 @@ class OwnLighthouse:
         """Start its supervisor again, if that has died."""
         now = time.monotonic()
         if self._pid and (code := self._children.code(self._pid)) is not None:
-            say(f"the lighthouse's supervisor died ({code}): started again in {self._pause:g} s")
+            self._tell(
+                f"the lighthouse's supervisor died ({code}): started again in {self._pause:g} s"
+            )
             self._pid, self._next = 0, now + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
         if not self._pid and now >= self._next:
             try:
                 self._start()
             except KitError as error:
-                say(str(error))
+                self._tell(str(error))
                 self._next = now + LONGEST_PAUSE
 
     def end(self) -> None:
@@ -95,7 +102,7 @@ class OwnLighthouse:
                     self._pid = 0
                     return
                 time.sleep(0.05)
-        say(f"the lighthouse's supervisor (pid {self._pid}) does not end")
+        self._tell(f"the lighthouse's supervisor (pid {self._pid}) does not end")
         self._pid = 0
 
     def _start(self) -> None:

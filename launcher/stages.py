@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Protocol
 import psutil
 
 from launcher import assets, hands, local_run, packages, stacks
+from launcher.children import send
 from launcher.groups import Group
 from launcher.local import Local
 from launcher.model import KitError
@@ -173,7 +175,8 @@ class LocalStage:
     def lose(self, run: RunDir, group: Group, tell: Tell) -> None:
         ranks = stacks.rank_pids(run.events(group.replica), group.attempt)
         pids = list(dict.fromkeys(one for rank in ranks.values() for one in hands.whole_task(rank)))
-        command(f"kill -KILL {' '.join(map(str, pids))}", self._env, tell)
+        tell(f"$ kill -KILL {' '.join(map(str, pids))}")
+        send(pids, signal.SIGKILL)  # not by the command: one that is gone is none of its errors
 
     def mend(self, tell: Tell) -> None:
         """There is nothing to be given back."""
