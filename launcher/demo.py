@@ -6,11 +6,12 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from launcher.history import History
 from launcher.interrupts import signals_ignored, stop_on_signals
-from launcher.model import CriticalError, ReportFormat, UsageError
+from launcher.model import CriticalError, KitError, ReportFormat, UsageError
 from launcher.monitor import line
 from launcher.publish import write
 from launcher.rundir import Outputs
@@ -32,9 +33,17 @@ QUIET = 5.0
 class Demo:
     """One pass; ``say`` gets every line."""
 
-    def __init__(self, outputs: Outputs, stage: Stage, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        outputs: Outputs,
+        stage: Stage,
+        say: Callable[[str], None],
+        otherwise: Callable[[str], Stage] | None = None,
+    ) -> None:
+        """``otherwise``: where to play if that stage cannot be made, given why."""
         self._outputs = outputs
         self._stage = stage
+        self._otherwise = otherwise
         self._say = say
         self._watcher: Watcher | None = None
         self._spoke = time.monotonic()
@@ -50,9 +59,7 @@ class Demo:
                 self._stage.clean_up()
 
     def _run(self) -> bool:
-        stage = self._stage
-        self._title(stage.title)
-        stage.set_up(self._tell)
+        stage = self._set_up()
 
         self._title("The lighthouse, then two replica groups")
         run = stage.start(self._tell)
@@ -101,6 +108,18 @@ class Demo:
         page = write(run, watcher, history, ReportFormat.HTML)
         self._say(f"report: {os.path.relpath(page)}")
         return verdict.recovered
+
+    def _set_up(self) -> Stage:
+        self._title(self._stage.title)
+        try:
+            self._stage.set_up(self._tell)
+        except KitError as error:
+            if self._otherwise is None:
+                raise
+            self._stage.clean_up()
+            self._stage, self._otherwise = self._otherwise(f"it does not come up: {error}"), None
+            return self._set_up()
+        return self._stage
 
     def _wait(self, stage: str, condition: Callable[[], bool]) -> None:
         """Watch the run, telling its story, until ``condition``.
@@ -161,7 +180,8 @@ def run_demo(
 
     Args:
         folder: of the sandbox; None: one of the demo's own.
-        cluster: ``slurm`` or ``local``; empty: Slurm, where that can be had.
+        cluster: ``slurm`` or ``local``; empty: Slurm, where that can be had (or ``folder`` is
+            given).
 
     Raises:
         CriticalError: the run did not recover.
@@ -171,12 +191,12 @@ def run_demo(
         raise UsageError(f"--cluster must be {SLURM} or {LOCAL}, not {cluster!r}")
     started = time.monotonic()
     place = Outputs(outputs.absolute())
-    why = "asked for" if cluster == LOCAL else ""
-    if not cluster and folder is None:
-        why = no_slurm()
-    stage: Stage = LocalStage(place, steps, why) if why else SandboxStage(place, folder, steps)
+    free = not cluster and folder is None
+    why = "as asked for" if cluster == LOCAL else no_slurm() if free else ""
+    local = partial(LocalStage, place, steps)
+    stage: Stage = local(why) if why else SandboxStage(place, folder, steps)
     try:
-        recovered = Demo(place, stage, say).run()
+        recovered = Demo(place, stage, say, local if free else None).run()
     except KeyboardInterrupt:
         say("interrupted: everything that was started is ended")
         return 130

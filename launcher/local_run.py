@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import preflight
+from launcher.children import send
 from launcher.config import Site
 from launcher.lighthouse import wait_until
 from launcher.local import Array, Local, LocalError, LocalFiles, LocalNode
@@ -123,11 +124,30 @@ def down(run: RunDir, say: Callable[[str], None]) -> None:
                 os.kill(state.pid, signal.SIGKILL)
             if not wait_until(is_gone, STOP_SECONDS):
                 raise KitError(f"process {state.pid} does not end, not even by SIGKILL")
+    if left := _left_behind(run):  # by tasks that ended with a daemon that was killed
+        say(f"{len(left)} processes of {run.name} were left behind, and are killed")
+        send(left, signal.SIGKILL)
     state = files.state()
     if not state.ended:  # it was killed before it could say so
         tasks = [replace(t, state="CANCELLED", pid=0) if t.live else t for t in state.tasks]
         files.write(replace(state, ended=True, tasks=tuple(tasks)))
     say(f"run {run.name} is ended")
+
+
+def _left_behind(run: RunDir) -> list[int]:
+    """Processes of a run's tasks, when its daemon is gone."""
+    import psutil
+
+    ours = {
+        "SLURM_ARRAY_JOB_ID": run.name.removeprefix("tft-"),
+        "TFT_OUTPUTS": str(run.path.parent.parent),
+    }
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if ours.items() <= process.environ().items():
+                found.append(process.pid)
+    return found
 
 
 def find(outputs: Outputs, name: str | None) -> RunDir:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from launcher import local_run, stages
+from launcher.demo import Demo
 from launcher.events import ReplicaLogReader
 from launcher.lighthouse import Address, LighthouseDir, discover
 from launcher.local import Array, Local, LocalError, LocalFiles, LocalNode, LocalTask, State
@@ -69,7 +70,12 @@ def start(run: RunDir, hostile: Path) -> Iterator[Start]:
             command=("/bin/sh", "-c", text),
         )
         files.array_path.write_text(json.dumps(asdict(array)))
-        env = {"PATH": os.environ["PATH"], "OUT": str(hostile), "PYTHONPATH": str(REPOSITORY)}
+        env = {
+            "PATH": os.environ["PATH"],
+            "OUT": str(hostile),
+            "TFT_OUTPUTS": str(hostile),
+            "PYTHONPATH": str(REPOSITORY),
+        }
         with files.log.open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-c", DAEMON, str(run.path)], env=env, stdout=log, stderr=log
@@ -99,11 +105,15 @@ def daemon_pid(run: RunDir) -> int:
     return LocalFiles(run).state().pid
 
 
-def sleepers(text: str) -> list[int]:
+#: Seconds that nobody else sleeps for: it tells the sleepers of this very test run.
+LONG = f"8{os.getpid():07}"
+
+
+def sleepers() -> list[int]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.cmdline() == ["sleep", text]:
+            if process.cmdline() == ["sleep", LONG]:
                 found.append(process.pid)
         except psutil.Error:
             continue
@@ -152,16 +162,18 @@ def test_tasks_get_what_slurm_would_give_them_and_end_as_there(
 
 def test_a_requeued_task_is_ended_whole_and_started_again(start: Start, run: RunDir) -> None:
     # Its children are in sessions of their own, as ranks are; one ignores SIGTERM.
-    local = start("setsid sleep 86411 & (trap '' TERM; exec setsid sleep 86411) &\nwait", tasks=2)
+    local = start(
+        f"setsid sleep {LONG} & (trap '' TERM; exec setsid sleep {LONG}) &\nwait", tasks=2
+    )
     eventually(lambda: states(local) == ["RUNNING", "RUNNING"], "they run")
-    eventually(lambda: len(sleepers("86411")) == 4, "with their children")
-    before = set(sleepers("86411"))
+    eventually(lambda: len(sleepers()) == 4, "with their children")
+    before = set(sleepers())
     (kept, lost) = LocalFiles(run).state().tasks
     local.requeue("50_1")
     eventually(lambda: LocalFiles(run).state().tasks[1].restarts == 1, "it is requeued")
     eventually(lambda: states(local) == ["RUNNING", "RUNNING"], "it runs again")
-    eventually(lambda: len(sleepers("86411")) == 4, "with its children")
-    assert len(before & set(sleepers("86411"))) == 2, "the other task's go on"
+    eventually(lambda: len(sleepers()) == 4, "with its children")
+    assert len(before & set(sleepers())) == 2, "the other task's go on"
     after = LocalFiles(run).state().tasks
     assert (after[0].pid, after[0].restarts) == (kept.pid, 0)
     assert after[1].pid != lost.pid
@@ -172,10 +184,13 @@ def test_a_requeued_task_is_ended_whole_and_started_again(start: Start, run: Run
     )  # fmt: skip
     local.cancel(50)
     eventually(lambda: states(local) == ["CANCELLED", "CANCELLED"], "both end")
-    assert not sleepers("86411")
+    assert not sleepers()
 
 
-def test_who_does_not_heed_sigterm_is_killed_and_the_daemon_ends(start: Start, run: RunDir) -> None:
+def test_who_does_not_heed_sigterm_is_killed_and_the_daemon_ends(
+    start: Start, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_run, "STOP_SECONDS", 15.0)
     local = start("trap '' TERM; while :; do sleep 0.05; done", tasks=2)
     eventually(lambda: states(local) == ["RUNNING", "RUNNING"], "they run")
     pids, daemon = [task.pid for task in LocalFiles(run).state().tasks], daemon_pid(run)
@@ -184,6 +199,7 @@ def test_who_does_not_heed_sigterm_is_killed_and_the_daemon_ends(start: Start, r
     local_run.down(run, said.append)
     assert said == ["run tft-50 is ended"]
     assert states(local) == ["CANCELLED", "CANCELLED"]
+    assert LocalFiles(run).log.read_text().count("ended (SIGKILL): CANCELLED") == 2
     assert not [pid for pid in (*pids, daemon) if still_runs(pid, created[pid])]
     with pytest.raises(LocalError, match="has ended"):
         local.cancel(50)
@@ -194,22 +210,26 @@ def test_who_does_not_heed_sigterm_is_killed_and_the_daemon_ends(start: Start, r
 def test_tasks_end_with_a_daemon_that_is_killed_and_that_is_noticed(
     start: Start, run: RunDir
 ) -> None:
-    local = start("exec sleep 86422", tasks=2)
-    eventually(lambda: len(sleepers("86422")) == 2, "they run")
+    # (Ranks end with their launcher; another program may not.)
+    local = start(f"setsid sleep {LONG} & exec sleep {LONG}", tasks=2)
+    eventually(lambda: len(sleepers()) == 4, "they run")
     os.kill(daemon_pid(run), signal.SIGKILL)
-    eventually(lambda: not sleepers("86422"), "they end with it")
+    eventually(lambda: len(sleepers()) == 2, "they end with it")
     for ask in (
         lambda: local.jobs(50), local.nodes, lambda: local.requeue("50_0"),
         lambda: local.arrays_on("local-0"), lambda: local.excluded_nodes("50_0"),
     ):  # fmt: skip
         with pytest.raises(BlindError, match=r"daemon of tft-50 \(pid \d+\) is gone.*local down"):
             ask()
-    local_run.down(run, lambda line: None)
+    said: list[str] = []
+    local_run.down(run, said.append)
+    assert "2 processes of tft-50 were left behind, and are killed" in said
+    eventually(lambda: not sleepers(), "nothing is left")
     assert states(local) == ["CANCELLED", "CANCELLED"]
 
 
 def test_a_daemon_that_hangs_is_not_believed(start: Start, run: RunDir) -> None:
-    local = start("exec sleep 86433")
+    local = start(f"exec sleep {LONG}")
     eventually(lambda: states(local) == ["RUNNING"], "it runs")
     daemon = psutil.Process(daemon_pid(run))
     daemon.suspend()
@@ -226,7 +246,7 @@ def test_a_daemon_that_hangs_is_not_believed(start: Start, run: RunDir) -> None:
 
 
 def test_nodes_are_left_out_and_nonsense_is_refused(start: Start, run: RunDir) -> None:
-    local = start("exec sleep 86444", tasks=2, nodes=3)
+    local = start(f"exec sleep {LONG}", tasks=2, nodes=3)
     eventually(lambda: states(local) == ["RUNNING", "RUNNING"], "they run")
     assert [(n.name, n.state) for n in local.nodes()] == [
         ("local-0", "alloc"), ("local-1", "alloc"), ("local-2", "idle"),
@@ -402,3 +422,26 @@ def test_the_demo_says_why_it_plays_without_slurm(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setenv("PATH", "")
     assert stages.no_slurm().startswith("Slurm cannot be installed: no apt-get here")
+
+
+def test_the_demo_plays_elsewhere_where_a_sandbox_does_not_come_up(tmp_path: Path) -> None:
+    class Nowhere(stages.LocalStage):
+        def set_up(self, tell: Callable[[str], None]) -> None:
+            raise KitError("mknod was refused")
+
+        def clean_up(self) -> None:
+            cleaned.append(self.title)
+
+    outputs, said, cleaned = Outputs(tmp_path), list[str](), list[str]()
+
+    def otherwise(why: str) -> stages.Stage:
+        return Nowhere(outputs, 60, why)
+
+    with pytest.raises(KitError, match="mknod"):
+        Demo(outputs, Nowhere(outputs, 60, "first"), said.append, otherwise).run()
+    told = [line for line in said if line]
+    assert [title.partition(")")[0] for title in told] == [
+        "== No Slurm here (first",
+        "== No Slurm here (it does not come up: mknod was refused",
+    ]
+    assert len(cleaned) == 2
