@@ -1,5 +1,5 @@
 # setup  virtual environment .env with everything pinned (login node or laptop)
-# demo   lose a node and train on, on a real Slurm on this machine (root, about 2 minutes)
+# demo   lose a node and train on, on a real Slurm on this machine (about 2 minutes; not root: without Slurm)
 # test   lint, types, shell checks and every test (root: it starts a sandbox)
 # unit   the fast tests alone
 # clean  remove what the above made, except runs
@@ -22,7 +22,6 @@ setup: .env/.installed
 	touch $@
 
 demo: setup
-	$(BIN)/python -m launcher sandbox install
 	$(BIN)/python -m launcher demo
 
 lint: .env/.installed-for-tests

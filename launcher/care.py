@@ -103,7 +103,7 @@ def _queue(view: View) -> Iterator[Action]:
             continue
         group = view.state.group_of_task(job.task)
         if job.state == "PENDING" and job.reason == LAUNCH_HELD:
-            yield _act("release", group, f"Slurm says {job.reason}", task=job.task)
+            yield _act("release", group, f"{view.state.scheduler} says {job.reason}", task=job.task)
         elif job.state == "PENDING" and job.reason == "BeginTime":
             if not _is_requeue_delay(view, job) or _spare_comes(view, job.task):
                 continue
@@ -125,7 +125,7 @@ def _queue(view: View) -> Iterator[Action]:
             if group is not None
             else view.requeued.get(job.task, 0) < MOST_SPARE_REQUEUES
         ):
-            yield _act("requeue", group, f"Slurm says {job.state}", task=job.task)
+            yield _act("requeue", group, f"{view.state.scheduler} says {job.state}", task=job.task)
 
 
 def _is_requeue_delay(view: View, job: Job) -> bool:
@@ -282,7 +282,7 @@ def _silent(view: View) -> Iterator[Action]:
         if group.ended or group.state is GroupState.REQUEUED:
             # Slurm may have lost its copy: a late word of the one before ended it.
             if seconds > GONE_SECONDS and _may_come_back(group):
-                why = f"Slurm says RUNNING, and nothing of it has run for {seconds:.0f} s"
+                why = f"{view.state.scheduler} says RUNNING, and nothing of it has run for {seconds:.0f} s"
                 yield _act("requeue", group, why, task=group.task_index)
             continue
         if group.replica in view.waiting.requested:

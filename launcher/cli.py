@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from launcher import drill_cli, lighthouse_cli, submit_cli
+from launcher import drill_cli, lighthouse_cli, local_cli, submit_cli
 from launcher.lighthouse_cli import OUTPUTS, OutputsOption, say
 from launcher.model import KitError, ReportFormat
 
@@ -32,6 +32,7 @@ app.command("cancel")(submit_cli.cancel)
 app.command("scale")(submit_cli.scale)
 app.add_typer(lighthouse_cli.app, name="lighthouse")
 app.add_typer(drill_cli.app, name="drill")
+app.add_typer(local_cli.app, name="local")
 app.add_typer(sandbox_app, name="sandbox")
 
 FolderOption = Annotated[Path, typer.Option("--dir", help="The sandbox's own folder.")]
@@ -98,6 +99,7 @@ def monitor(
     from launcher.model import UsageError
     from launcher.outlets import Outlets
     from launcher.rundir import Outputs
+    from launcher.scheduler import scheduler_of
     from launcher.slurm import Slurm
     from launcher.watcher import Watcher
 
@@ -117,11 +119,11 @@ def monitor(
         raise UsageError("--act is for following: leave --once out")
     if once and (events_to or prometheus):
         raise UsageError("--events-to and --prometheus are for following: leave --once out")
-    slurm = Slurm()
     if bare:
         watcher = Watcher.of_files(lighthouse_log, replica_log or [])
     else:
-        chosen = monitor.choose(Outputs(outputs.absolute()), run or None, slurm)
+        chosen = monitor.choose(Outputs(outputs.absolute()), run or None, Slurm())
+        slurm = scheduler_of(chosen)
         if not once:
             outlets = Outlets(
                 events_to=events_to, prometheus=prometheus, webhook=webhook, env=os.environ
@@ -268,11 +270,15 @@ def demo(
         Path | None, typer.Option("--dir", help="Sandbox folder; default: one of its own in /run.")
     ] = None,
     steps: Annotated[int, typer.Option(min=60, help="Steps to train.")] = 100,
+    cluster: Annotated[
+        str,
+        typer.Option(help="slurm, or local: without it; default: slurm, where it can be had."),
+    ] = "",
 ) -> None:
     """Lose a node and train on: the README's steps on a sandbox, with a verdict."""
     from launcher.demo import run_demo
 
-    raise typer.Exit(run_demo(outputs, folder, steps, say=say))
+    raise typer.Exit(run_demo(outputs, folder, steps, cluster=cluster, say=say))
 
 
 def _exports(environment: dict[str, str]) -> str:

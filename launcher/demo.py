@@ -1,69 +1,50 @@
-"""The README's steps on a sandbox: lose a node, train on, come back, and a verdict."""
+"""The README's steps on one machine: lose a node, train on, come back, and a verdict."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shlex
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import psutil
-
-from launcher import assets
 from launcher.history import History
 from launcher.interrupts import signals_ignored, stop_on_signals
-from launcher.model import CriticalError, KitError, ReportFormat
-from launcher.monitor import SCRIPT, line
+from launcher.model import CriticalError, KitError, ReportFormat, UsageError
+from launcher.monitor import line
 from launcher.publish import write
 from launcher.rundir import Outputs
-from launcher.sandbox import Sandbox
+from launcher.scheduler import LOCAL, SLURM
+from launcher.stages import REPLICAS, LocalStage, SandboxStage, Stage, no_slurm
 from launcher.state import Notice
 from launcher.verdict import judge
 from launcher.watcher import Watcher
 
-NODES, REPLICAS, LOST = 3, 2, 1
-#: A demo's sandbox is in a folder of its own, named after its process.
-FOLDERS, PREFIX = Path("/run"), "tft-demo-"
+LOST = 1
 #: Steps that both replica groups train before the node is lost.
 STEPS_BEFORE = 10
-#: A step lasts at least this long, so that on a fast machine too there is training left
-#: to come back to.
-PACE_SECONDS = 0.4
 #: Seconds each stage may take before the demo gives up (imports dominate on two cores).
 DEADLINES = {"submit": 60, "train": 180, "survive": 60, "requeue": 45, "recover": 150, "end": 300}
 #: Seconds of silence after which the demo says how far training is.
 QUIET = 5.0
 
 
-def own_folder() -> Path:
-    """The sandbox folder of this very process, so that two demos never meet."""
-    return FOLDERS / f"{PREFIX}{os.getpid()}"
-
-
-def clear_stale_folders() -> None:
-    """Take down the sandboxes of demos that were killed before they could clean up."""
-    for folder in FOLDERS.glob(f"{PREFIX}*"):
-        owner = folder.name.removeprefix(PREFIX)
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            Sandbox(folder).down()
-
-
 class Demo:
     """One pass; ``say`` gets every line."""
 
-    def __init__(self, outputs: Path, folder: Path, steps: int, say: Callable[[str], None]) -> None:
-        self._outputs = Outputs(outputs.absolute())
-        self._sandbox = Sandbox(folder)
-        self._slurm = self._sandbox.slurm()
-        self._steps = steps
+    def __init__(
+        self,
+        outputs: Outputs,
+        stage: Stage,
+        say: Callable[[str], None],
+        otherwise: Callable[[str], Stage] | None = None,
+    ) -> None:
+        """``otherwise``: where to play if that stage cannot be made, given why."""
+        self._outputs = outputs
+        self._stage = stage
+        self._otherwise = otherwise
         self._say = say
-        self._env: dict[str, str] = {}
-        self._array: int | None = None
         self._watcher: Watcher | None = None
         self._spoke = time.monotonic()
         self._resources = contextlib.ExitStack()
@@ -75,24 +56,17 @@ class Demo:
                 return self._run()
         finally:
             with signals_ignored(), self._resources:
-                self._clean_up()
+                self._stage.clean_up()
 
     def _run(self) -> bool:
-        self._title("A Slurm of three nodes on this machine, and text to train on")
-        clear_stale_folders()
-        self._sandbox.up(NODES)
-        assets.debug(Path("outputs"))
-        self._env = self._environment()
-        shown = {k: self._env[k] for k in (*self._sandbox.environment(), "TFT_EXTRA_ARGS")}
-        self._tell("export " + " ".join(f"{k}={shlex.quote(v)}" for k, v in shown.items()))
+        stage = self._set_up()
 
         self._title("The lighthouse, then two replica groups")
-        self._command("python -m launcher lighthouse up --detach")
-        array = int(self._command(f"sbatch --parsable --array=0-{REPLICAS - 1} {SCRIPT}").strip())
-        self._array = array
-        run = self._outputs.run_of_array(array)
+        run = stage.start(self._tell)
         self._wait("submit", run.manifest_path.is_file)
-        watcher = self._watcher = self._resources.enter_context(Watcher.of_run(run, self._slurm))
+        watcher = self._watcher = self._resources.enter_context(
+            Watcher.of_run(run, stage.scheduler(run))
+        )
         state, history = watcher.state, History()
         watcher.on_event = history.note
         self._wait(
@@ -103,10 +77,9 @@ class Demo:
             ),
         )
 
-        node = state.groups[LOST].host
         attempt = state.groups[LOST].attempt
-        self._title(f"Node {node} goes down under replica {LOST}")
-        self._command(f"scontrol update NodeName={node} State=DOWN Reason=drill")
+        self._title(stage.loss(state.groups[LOST]))
+        stage.lose(run, state.groups[LOST], self._tell)
         survivor = state.groups[1 - LOST]
         at = survivor.step
         self._wait("survive", lambda: LOST not in state.members and survivor.step > at + 2)
@@ -115,7 +88,7 @@ class Demo:
             "requeue",
             lambda: bool(state.groups[LOST].waiting) or state.groups[LOST].attempt > attempt,
         )
-        self._command(f"scontrol update NodeName={node} State=RESUME")
+        stage.mend(self._tell)
         self._wait(
             "recover",
             lambda: (
@@ -136,47 +109,17 @@ class Demo:
         self._say(f"report: {os.path.relpath(page)}")
         return verdict.recovered
 
-    def _environment(self) -> dict[str, str]:
-        """What a person would export, plus a lighthouse port of the demo's own."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        binaries = Path(sys.executable).parent
-        inherited = {
-            k: v for k, v in os.environ.items() if not k.startswith(("TFT_", "SLURM_", "WANDB_"))
-        }
-        return {
-            **inherited,
-            "PATH": f"{binaries}:{inherited.get('PATH', '')}",
-            **self._sandbox.environment(),
-            "TFT_ENV": str(binaries.parent),
-            "TFT_OUTPUTS": str(self._outputs.root),
-            "TFT_EXTRA_ARGS": f"--training.steps {self._steps}",
-            "TFT_MIN_STEP_SECONDS": str(PACE_SECONDS),
-            "TFT_LIGHTHOUSE_PORT": str(port),
-            "TORCHFT_LIGHTHOUSE": f"http://127.0.0.1:{port}",
-        }
-
-    def _command(self, command: str) -> str:
-        """Run one of the README's lines, shown as it is typed."""
-        self._tell(f"$ {command}")
+    def _set_up(self) -> Stage:
+        self._title(self._stage.title)
         try:
-            done = subprocess.run(
-                shlex.split(command),
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise KitError(f"`{command}` did not end within {error.timeout:g} s") from error
-        for text in done.stdout.splitlines():
-            self._tell(f"  {text}")
-        if done.returncode != 0:
-            raise KitError(f"`{command}` failed: {done.stderr.strip() or done.returncode}")
-        return done.stdout
+            self._stage.set_up(self._tell)
+        except KitError as error:
+            if self._otherwise is None:
+                raise
+            self._stage.clean_up()
+            self._stage, self._otherwise = self._otherwise(f"it does not come up: {error}"), None
+            return self._set_up()
+        return self._stage
 
     def _wait(self, stage: str, condition: Callable[[], bool]) -> None:
         """Watch the run, telling its story, until ``condition``.
@@ -198,7 +141,7 @@ class Demo:
                         self._tell(notice.text, notice.t)
                     if not condition():
                         raise CriticalError(
-                            f"no task is left in Slurm's queue (waiting for: {stage}); see the "
+                            f"{watcher.state.scheduler} has no task left (waiting for: {stage}); see the "
                             f"logs in {self._outputs.torchft}"
                         )
             if time.monotonic() > deadline:
@@ -224,33 +167,36 @@ class Demo:
         self._spoke = time.monotonic()
         self._say(line(Notice(t if t is not None else time.time(), text)))
 
-    def _clean_up(self) -> None:
-        if self._env:
-            with contextlib.suppress(KitError, OSError):
-                if self._array is not None and self._sandbox.running():
-                    self._slurm.cancel(self._array)
-            with contextlib.suppress(subprocess.TimeoutExpired, OSError):
-                subprocess.run(
-                    [sys.executable, "-m", "launcher", "lighthouse", "down"],
-                    env=self._env,
-                    capture_output=True,
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                    timeout=30,
-                    check=False,
-                )
-        self._sandbox.down()
 
-
-def run_demo(outputs: Path, folder: Path | None, steps: int, *, say: Callable[[str], None]) -> int:
+def run_demo(
+    outputs: Path,
+    folder: Path | None,
+    steps: int,
+    *,
+    cluster: str = "",
+    say: Callable[[str], None],
+) -> int:
     """Run the demo; its exit code.
+
+    Args:
+        folder: of the sandbox; None: one of the demo's own.
+        cluster: ``slurm`` or ``local``; empty: Slurm, where that can be had (or ``folder`` is
+            given).
 
     Raises:
         CriticalError: the run did not recover.
+        UsageError: there is no such cluster.
     """
+    if cluster not in ("", SLURM, LOCAL):
+        raise UsageError(f"--cluster must be {SLURM} or {LOCAL}, not {cluster!r}")
     started = time.monotonic()
+    place = Outputs(outputs.absolute())
+    free = not cluster and folder is None
+    why = "as asked for" if cluster == LOCAL else no_slurm() if free else ""
+    local = partial(LocalStage, place, steps)
+    stage: Stage = local(why) if why else SandboxStage(place, folder, steps)
     try:
-        recovered = Demo(outputs, folder or own_folder(), steps, say).run()
+        recovered = Demo(place, stage, say, local if free else None).run()
     except KeyboardInterrupt:
         say("interrupted: everything that was started is ended")
         return 130

@@ -17,7 +17,7 @@ from launcher.inject import Injector, aim, shown
 from launcher.lighthouse import LighthouseDir, alive
 from launcher.model import BlindError, CriticalError, KitError, UsageError
 from launcher.rundir import Manifest, Outputs, RunDir
-from launcher.slurm import Slurm
+from launcher.scheduler import Scheduler, scheduler_of
 from launcher.soak import run_soak, schedule
 from launcher.state import RunState
 from launcher.watcher import Watcher
@@ -195,9 +195,9 @@ def launches_and_actions(run: RunDir, size: int) -> list[Event]:
     return found
 
 
-def _run(setting: Setting) -> tuple[RunDir, Manifest, Slurm]:
+def _run(setting: Setting) -> tuple[RunDir, Manifest, Scheduler]:
     run = Outputs(setting.outputs).find(setting.name)
-    return run, run.manifest(), Slurm()
+    return run, run.manifest(), scheduler_of(run)
 
 
 def _looked(watcher: Watcher) -> RunState:

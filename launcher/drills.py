@@ -93,6 +93,8 @@ class Target:
     seconds: float = 20.0
     """How long a failure lasts that ends by itself."""
     rank: int = 0
+    local: bool = False
+    """Whether the run is one of this machine, without Slurm."""
 
     @property
     def name(self) -> str:
@@ -186,6 +188,13 @@ def _time_limit(target: Target) -> list[Step]:
     return [requeue, target.of_task(f"TimeLimit={target.time_limit}")]
 
 
+def _requeue(target: Target) -> list[Step]:
+    if target.local:
+        local = (target.python, "-m", "launcher", "local", "requeue")
+        return [Step(argv=(*local, target.run, str(target.task)))]
+    return [Step(argv=("scontrol", "requeue", target.name))]
+
+
 def _preempt(target: Target) -> list[Step]:
     where = (f"--partition={target.partition}", f"--nodelist={target.node}", "--exclusive")
     flags = ("--job-name=tft-drill", "--nodes=1", "--ntasks=1", "--time=5", *where)
@@ -243,9 +252,9 @@ KINDS = {
         ),
         Kind(
             name="requeue",
-            does="`scontrol requeue` of the task",
+            does="the task is requeued (`scontrol requeue`)",
             follows=Follows.LOSS,
-            steps=lambda t: [Step(argv=("scontrol", "requeue", t.name))],
+            steps=_requeue,
             causes=frozenset({Cause.REQUEUED}),
         ),
         Kind(

@@ -154,7 +154,7 @@ PATTERNS = (
     Pattern(
         kind="slurm_cancelled",
         # A step that is cancelled for no reason is one whose srun our own launcher has killed.
-        regex=r"slurmstepd\S*: error: \*\*\* (?:JOB|STEP(?=.* DUE TO )) \S+ ON (?P<host>\S+) CANCELLED AT "
+        regex=r"(?:slurmstepd|tft-local)\S*: error: \*\*\* (?:JOB|STEP(?=.* DUE TO )) \S+ ON (?P<host>\S+) CANCELLED AT "
         r"(?P<time>[-\dT:]+)(?: DUE TO (?P<due>[A-Z ]+?))?(?:,.*)? \*\*\*",
         sample="slurmstepd-worker-1: error: *** JOB 5185080 ON worker-1 CANCELLED AT "
         "2026-11-20T14:31:46 DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***",
@@ -218,7 +218,7 @@ _COMPILED = [(pattern.kind, re.compile(pattern.regex)) for pattern in PATTERNS]
 #: One pass over a line that tells most lines apart from those worth trying the table on.
 _WORTH = re.compile(
     rb"should_commit=|step: |launching replica|^\[\d|reconfiguring for|healing required|"
-    rb"Loaded state dict|slurmstepd|kill request|heartbeat to lighthouse|quorum failed|"
+    rb"Loaded state dict|slurmstepd|tft-local|kill request|heartbeat to lighthouse|quorum failed|"
     rb"[Oo]ut ?[Oo]f ?[Mm]emory|oom[-_]kill|allocate memory|MemoryError|bad_alloc|Xid|CUDA error|NCCL|nccl|ECC|exitcode|"
     rb"Error|Exception|Interrupt"
 )

@@ -73,6 +73,23 @@ class Snapshot:
     job: str = "<job>"
     """Array job id, for remedies."""
 
+    def requeue(self, replica: int) -> str:
+        """The command that ends a replica group and starts it again."""
+        if self.local:
+            return f"`python -m launcher local requeue tft-{self.job} {replica}`"
+        return f"`scontrol requeue {self.job}_{replica}`"
+
+    def drain(self, host: str) -> str:
+        """What leaves a node out."""
+        if self.local:
+            return "leave it out of CUDA_VISIBLE_DEVICES of the next run"
+        return f"`scontrol update NodeName={host or '<node>'} State=DRAIN`"
+
+    @property
+    def local(self) -> bool:
+        """Whether Slurm has nothing to do with this run."""
+        return self.state.scheduler != "Slurm"
+
 
 Rule = Callable[[Snapshot], Iterator[Finding]]
 
@@ -115,7 +132,7 @@ def _stalled(snapshot: Snapshot) -> Iterator[Finding]:
             severity=Severity.CRITICAL,
             replica=replica,
             message=f"replica {replica} has not joined the quorum that others wait {seconds:.0f} s "
-            f"for: look at its stacks, or end it with `scontrol requeue {snapshot.job}_{replica}`",
+            f"for: look at its stacks, or end it with {snapshot.requeue(replica)}",
         )
     if overdue(waiting, state.groups.values(), snapshot.now) is None:
         return
@@ -158,12 +175,14 @@ def _bad_node(snapshot: Snapshot) -> Iterator[Finding]:
         if incident.host and snapshot.now - incident.lost_at < BAD_NODE_SECONDS
     )
     for host, count in recent.items():
+        leave_out = f"leave it out with `sbatch --exclude={host}`, or {snapshot.drain(host)}"
+        if snapshot.local:
+            leave_out = "see the causes: it is a share of this machine"
         if count >= BAD_NODE_LOSSES:
             yield Finding(
                 kind="bad_node",
                 severity=Severity.WARNING,
-                message=f"replica groups were lost {count} times on {host}: leave it out with "
-                f"`sbatch --exclude={host}`, or `scontrol update NodeName={host} State=DRAIN`",
+                message=f"replica groups were lost {count} times on {host}: {leave_out}",
             )
 
 
@@ -215,8 +234,7 @@ def _straggler(snapshot: Snapshot) -> Iterator[Finding]:
             replica=replica,
             message=f"replica {replica}{where} works {seconds:.3g} s a step by itself, the others "
             f"{others:.3g} s and wait for it: look there for heat, other processes and slow data; if "
-            f"it stays, `scontrol update NodeName={host or '<node>'} State=DRAIN` and "
-            f"`scontrol requeue {snapshot.job}_{replica}`",
+            f"it stays, {snapshot.drain(host)} and {snapshot.requeue(replica)}",
         )
 
 
@@ -279,7 +297,7 @@ def _lighthouse(snapshot: Snapshot) -> Iterator[Finding]:
 def _gpus(snapshot: Snapshot) -> Iterator[Finding]:
     for group in snapshot.state.groups.values():
         where = f"of {group.host} (replica {group.replica})"
-        drain = f"`scontrol update NodeName={group.host} State=DRAIN`"
+        drain = snapshot.drain(group.host)
         for t, gpu, xid in list(group.xids)[-1:]:
             if snapshot.now - t < XID_SECONDS:
                 yield Finding(

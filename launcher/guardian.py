@@ -17,7 +17,8 @@ from launcher.care import Action, View, needed
 from launcher.lock import acquire
 from launcher.model import KitError, UsageError
 from launcher.rundir import RunDir
-from launcher.slurm import Job, Slurm
+from launcher.scheduler import Scheduler
+from launcher.slurm import Job
 from launcher.state import Notice
 from launcher.titan import setting
 from launcher.watcher import Watcher
@@ -49,7 +50,7 @@ WORDS = {
 class Guardian:
     """Looks after one run; there is one of it at a time."""
 
-    def __init__(self, run: RunDir, slurm: Slurm) -> None:
+    def __init__(self, run: RunDir, slurm: Scheduler) -> None:
         self._run = run
         self._slurm = slurm
         self._done: dict[tuple[str, int | str, int], float] = {}
@@ -65,7 +66,7 @@ class Guardian:
 
     @classmethod
     @contextlib.contextmanager
-    def of(cls, run: RunDir, slurm: Slurm) -> Iterator[Guardian]:
+    def of(cls, run: RunDir, slurm: Scheduler) -> Iterator[Guardian]:
         """The guardian of a run.
 
         Raises:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Protocol
 
 from launcher import hands, stacks
-from launcher.drills import SANDBOX, Follows, Kind, Step, Target
+from launcher.drills import OWNER, SANDBOX, Follows, Kind, Step, Target
 from launcher.lighthouse import LighthouseDir, alive
 from launcher.model import BlindError, KitError, UsageError
 from launcher.process import Run, run
 from launcher.rundir import Manifest, RunDir
-from launcher.slurm import Slurm
+from launcher.scheduler import LOCAL, Scheduler
 from launcher.state import RunState
 
 #: File that marks a sandbox's folder.
@@ -55,7 +55,7 @@ class Injector:
 
     def __init__(
         self,
-        slurm: Slurm,
+        slurm: Scheduler,
         say: Callable[[str], None],
         *,
         run: Run = run,
@@ -148,7 +148,7 @@ def aim(
     run_dir: RunDir,
     manifest: Manifest,
     state: RunState,
-    slurm: Slurm,
+    slurm: Scheduler,
     env: Mapping[str, str],
     *,
     replica: int | None = None,
@@ -163,6 +163,12 @@ def aim(
         UsageError: there is no such group, or the drill cannot be done here; says why.
         BlindError: Slurm cannot be asked.
     """
+    local = manifest.cluster == LOCAL
+    if local and (kind.whole_node or kind.rights != OWNER):
+        raise UsageError(
+            f"{kind.name} is done to Slurm's nodes, and {manifest.run} runs on this machine without "
+            "Slurm: kill-replica, for example, needs none (`python -m launcher drill list`)"
+        )
     folder = str(Path(env.get("SLURM_CONF", "/")).parent)
     sandbox = folder if (Path(folder) / MARK).is_file() else ""
     if kind.rights == SANDBOX and not sandbox:
@@ -189,7 +195,7 @@ def aim(
     pids: dict[int, int] = {}
     for number in range(manifest.nodes_per_group):
         pids |= stacks.rank_pids(run_dir.events(chosen, number), group.attempt)
-    at_node = _way_to(place, pids, run_dir, group.task_index, slurm)
+    at_node = () if local else _way_to(place, pids, run_dir, group.task_index, slurm)
     if not 0 <= rank < max(1, len(pids)):
         raise UsageError(f"replica {chosen} has ranks 0 to {len(pids) - 1}, and no {rank}")
     array = _array_of(run_dir, group.task_index, slurm)
@@ -214,6 +220,7 @@ def aim(
         else "",
         seconds=seconds,
         rank=rank,
+        local=local,
     )
 
 
@@ -233,7 +240,7 @@ def _replica(manifest: Manifest, state: RunState, replica: int | None, node: str
     return chosen
 
 
-def _array_of(run_dir: RunDir, task: int, slurm: Slurm) -> int:
+def _array_of(run_dir: RunDir, task: int, slurm: Scheduler) -> int:
     """The array job that runs a task of this run: its own, or one that joined it."""
     arrays = run_dir.arrays()
     if len(arrays) == 1:
@@ -247,7 +254,7 @@ def _way_to(
     pids: Mapping[int, int],
     run_dir: RunDir,
     task: int,
-    slurm: Slurm,
+    slurm: Scheduler,
 ) -> tuple[str, ...]:
     """What runs a command where those processes are: nothing, when that is here."""
     if any(hands.of_run(pid, str(run_dir.path)) for pid in pids.values()):

@@ -32,7 +32,7 @@ from launcher.plan import Ended, Plan
 from launcher.relay import Relay
 from launcher.restarts import UNFIT, Decision, Ending, Next, decide
 from launcher.rundir import create_once
-from launcher.slurm import Slurm
+from launcher.scheduler import Scheduler
 from launcher.standby import Standby, Warm
 
 #: Seconds between two looks at the lease and at the guardian's orders, and the same of a spare.
@@ -56,7 +56,7 @@ FINISHED = "the run has finished"
 class Keeper:
     """Runs one replica group until it is done, or better off elsewhere."""
 
-    def __init__(self, plan: Plan, task: Task, slurm: Slurm) -> None:
+    def __init__(self, plan: Plan, task: Task, slurm: Scheduler) -> None:
         self._plan = plan
         self._task = task
         self._slurm = slurm
@@ -262,7 +262,7 @@ class Keeper:
     def _leave(self, decision: Decision, code: int) -> int:
         self._warm.end()
         if decision.next is Next.NEVER:
-            return code
+            return 1 if code == ELSEWHERE_CODE else code  # that one asks for another start
         if not self._plan.slurm_task:
             return ELSEWHERE_CODE
         try:

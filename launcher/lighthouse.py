@@ -22,7 +22,8 @@ from pathlib import Path
 from launcher.model import BlindError, KitError, UsageError
 from launcher.process import still_runs
 from launcher.rundir import Manifest, Outputs, RunDir, create_once, overwrite, read_json, replace
-from launcher.slurm import Slurm
+from launcher.scheduler import Scheduler, scheduler_of
+from launcher.slurm import Job
 
 #: Seconds after which a left-over claim lock is taken to be a dead process's.
 STALE_LOCK = 90.0
@@ -171,16 +172,14 @@ class LighthouseDir:
             if self.claimed_by() == array_job_id:
                 self._claim.unlink(missing_ok=True)
 
-    def release_if_ended(self, slurm: Slurm) -> None:
+    def release_if_ended(self, slurm: Scheduler) -> None:
         """Forget the run served last, when Slurm says that it has ended."""
         with contextlib.suppress(KitError):
             run = self.claimed_by()
-            if run is None:
-                return
-            if not any(job.live for job in slurm.jobs(*self._run(run).arrays())):
+            if run is not None and not any(job.live for job in self._jobs(run, slurm)):
                 self._claim.unlink(missing_ok=True)
 
-    def claim(self, array_job_id: int, slurm: Slurm) -> None:
+    def claim(self, array_job_id: int, slurm: Scheduler) -> None:
         """Make this lighthouse serve the run of ``array_job_id``.
 
         Raises:
@@ -193,7 +192,7 @@ class LighthouseDir:
             return
         with self._lock():
             other = self.claimed_by()
-            if other is not None and other != array_job_id and _in_queue(self._run(other), slurm):
+            if other is not None and other != array_job_id and self._in_queue(other, slurm):
                 raise UsageError(
                     f"the lighthouse {self.label} already serves run tft-{other}, which is "
                     "still in the queue: two runs on one lighthouse would train as one. Wait for "
@@ -201,6 +200,19 @@ class LighthouseDir:
                     "lighthouse up --port 29511`) and set TORCHFT_LIGHTHOUSE to its address"
                 )
             replace(self._claim, content)
+
+    def _in_queue(self, array_job_id: int, slurm: Scheduler) -> bool:
+        """Whether tasks of a run may still run; one that is just ending is waited for."""
+        deadline = time.monotonic() + COMPLETING_PATIENCE
+        while live := [job for job in self._jobs(array_job_id, slurm) if job.live]:
+            if any(job.state != "COMPLETING" for job in live) or time.monotonic() > deadline:
+                return True
+            time.sleep(1.0)
+        return False
+
+    def _jobs(self, array_job_id: int, slurm: Scheduler) -> list[Job]:
+        run = self._run(array_job_id)
+        return scheduler_of(run, slurm).jobs(*run.arrays())
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -226,18 +238,10 @@ class LighthouseDir:
                 lock.rmdir()
 
 
-def _in_queue(run: RunDir, slurm: Slurm) -> bool:
-    """Whether Slurm may still run tasks of a run; one that is just ending is waited for."""
-    deadline = time.monotonic() + COMPLETING_PATIENCE
-    while live := [job for job in slurm.jobs(*run.arrays()) if job.live]:
-        if any(job.state != "COMPLETING" for job in live) or time.monotonic() > deadline:
-            return True
-        time.sleep(1.0)
-    return False
-
-
 def discover(outputs: Outputs, by_hand: str) -> tuple[str, LighthouseDir]:
     """URL and folder of the lighthouse to use: the one set by hand, else the one published.
+
+    (One that is named after a run is that run's own.)
 
     Raises:
         UsageError: none is published, or several are.
@@ -250,6 +254,7 @@ def discover(outputs: Outputs, by_hand: str) -> tuple[str, LighthouseDir]:
     if by_hand:
         known = [folder for url, folder in published if url == by_hand]
         return by_hand, known[0] if known else LighthouseDir.of(outputs, by_hand)
+    published = [(url, at) for url, at in published if not re.fullmatch(r"tft-\d+", at.path.name)]
     if len(published) == 1:
         return published[0]
     if published:
@@ -344,32 +349,6 @@ def refuse_strangers(url: str) -> None:
             "start a second lighthouse (`python -m launcher lighthouse up --port 29511`) and set "
             "TORCHFT_LIGHTHOUSE to its address"
         )
-
-
-def port_holder(port: int) -> str:
-    """Who listens on TCP ``port`` here, in words; empty when nobody does."""
-    import psutil  # only needed when something is in the way
-
-    try:
-        listening = [
-            connection
-            for connection in psutil.net_connections("tcp")
-            if connection.status == psutil.CONN_LISTEN
-            and connection.laddr
-            and connection.laddr.port == port
-        ]
-    except (psutil.Error, OSError):
-        return "a process that cannot be seen from here"
-    if not listening:
-        return ""
-    pid = next((c.pid for c in listening if c.pid), None)
-    try:
-        if pid is None:
-            return "a process of another user"
-        process = psutil.Process(pid)
-        return f"pid {pid} of {process.username()} ({' '.join(process.cmdline())[:120]})"
-    except psutil.Error:
-        return f"pid {pid}"
 
 
 def alive(address: Address) -> bool:

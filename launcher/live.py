@@ -14,7 +14,7 @@ from launcher.model import GroupState
 from launcher.monitor import await_start, conclude, figure_lines, line, looks
 from launcher.outlets import Outlets
 from launcher.rundir import RunDir
-from launcher.slurm import Slurm
+from launcher.scheduler import Scheduler
 from launcher.state import RunState
 from launcher.watcher import Watcher
 
@@ -35,7 +35,7 @@ _SEVERITY = {Severity.CRITICAL: "bold red", Severity.WARNING: "yellow", Severity
 
 
 def follow_live(
-    run: RunDir, slurm: Slurm, outlets: Outlets, console: Console | None = None
+    run: RunDir, slurm: Scheduler, outlets: Outlets, console: Console | None = None
 ) -> None:
     """Show a run until it ends; its story scrolls by above a table that stays.
 
@@ -106,7 +106,7 @@ def _groups(watcher: Watcher, now: float) -> Table:
         table.add_column(
             name, no_wrap=True, justify="left" if name in ("state", "node") else "right"
         )
-    table.add_column("Slurm")
+    table.add_column(state.scheduler)
     rows = list(state.groups.values())
     hidden = 0
     if len(rows) > MOST_ROWS:

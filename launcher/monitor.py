@@ -13,6 +13,7 @@ from launcher.findings import Finding, Severity
 from launcher.model import BlindError, CriticalError, GroupState
 from launcher.outlets import Outlets
 from launcher.rundir import Outputs, RunDir
+from launcher.scheduler import Scheduler
 from launcher.sinks import FRESH_SECONDS, Delivery
 from launcher.slurm import Slurm
 from launcher.snapshot import as_data, figures
@@ -52,7 +53,7 @@ def choose(outputs: Outputs, name: str | None, slurm: Slurm) -> RunDir:
     return outputs.find(None)
 
 
-def await_start(run: RunDir, *, say: Callable[[str], None], slurm: Slurm) -> None:
+def await_start(run: RunDir, *, say: Callable[[str], None], slurm: Scheduler) -> None:
     """Wait until the first of a run's tasks has started, for as long as Slurm may start one.
 
     Raises:
@@ -80,7 +81,7 @@ def follow(
     run: RunDir,
     *,
     say: Callable[[str], None],
-    slurm: Slurm,
+    slurm: Scheduler,
     outlets: Outlets | None = None,
     act: Act | None = None,
 ) -> None:

@@ -62,6 +62,8 @@ class Observed:
     contacts: Contacts = field(default_factory=Contacts)
     outage: Incident | None = None
     """The incident of the lighthouse that has not ended."""
+    scheduler: str = "Slurm"
+    """Who runs its tasks, in words."""
 
     def __post_init__(self) -> None:
         for replica in range(self.group_size):
@@ -169,7 +171,9 @@ class Observed:
                 if incident is not None and incident.requeued_at is None:
                     incident.requeued_at = now
                 if group.state is not GroupState.REQUEUED:
-                    text = f"replica {group.replica} requeued by Slurm, waiting ({waiting})"
+                    text = (
+                        f"replica {group.replica} requeued by {self.scheduler}, waiting ({waiting})"
+                    )
                     notices.append(Notice(now, text))
                     self.enter(group, GroupState.REQUEUED, now)
             group.waiting, group.slurm_state = waiting, job.state
@@ -198,7 +202,7 @@ class Observed:
             incident.explain([unreachable_sign(now, incident.host)])
             state = silent_hosts[incident.host]
             text = f"node {incident.host} of replica {incident.replica} does not respond"
-            notices.append(Notice(now, f"{text} (Slurm: {state})"))
+            notices.append(Notice(now, f"{text} ({self.scheduler}: {state})"))
         return notices
 
     def observe_waiting(self, waiting: Waiting, now: float) -> None:

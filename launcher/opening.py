@@ -18,7 +18,7 @@ from launcher.lighthouse import LighthouseDir
 from launcher.methods import lighthouse_problem
 from launcher.model import UsageError
 from launcher.rundir import Manifest, Outputs, RunDir
-from launcher.slurm import Slurm
+from launcher.scheduler import Scheduler, cluster_of, scheduler_of
 
 _ARRAY = ("JOB_ID", "TASK_ID", "TASK_COUNT", "TASK_MIN", "TASK_MAX")
 _PACKAGES = ("torch", "torchft-nightly", "torchtitan")
@@ -50,11 +50,12 @@ class Opening:
 
     run: RunDir
     manifest: Manifest
+    scheduler: Scheduler
     mine: ArrayTask
     training: preflight.Training
 
 
-def enter(site: Site, env: Mapping[str, str], slurm: Slurm, script: Sequence[str]) -> Opening:
+def enter(site: Site, env: Mapping[str, str], slurm: Scheduler, script: Sequence[str]) -> Opening:
     """The run that this task is to train in: one that is there, or its array's own.
 
     Args:
@@ -109,7 +110,7 @@ def enter(site: Site, env: Mapping[str, str], slurm: Slurm, script: Sequence[str
     )
     manifest = run.create(first)
     _refuse_misfits(site, run, manifest, mine.task)
-    return Opening(run, manifest, mine, training)
+    return Opening(run, manifest, scheduler_of(run, slurm), mine, training)
 
 
 def _as_it_began(site: Site, manifest: Manifest) -> Site:
@@ -156,6 +157,7 @@ def manifest_of(
         created=time.time(),
         versions=_versions(),
         settings=training.settings,
+        cluster=cluster_of(run),
     )
 
 
@@ -185,7 +187,9 @@ def _refuse_misfits(site: Site, run: RunDir, manifest: Manifest, task: Task) -> 
         )
 
 
-def _array_task(env: Mapping[str, str], slurm: Slurm, job: str, *, any_index: bool) -> ArrayTask:
+def _array_task(
+    env: Mapping[str, str], slurm: Scheduler, job: str, *, any_index: bool
+) -> ArrayTask:
     """This task, from Slurm's variables.
 
     Args:
@@ -213,7 +217,7 @@ def _array_task(env: Mapping[str, str], slurm: Slurm, job: str, *, any_index: bo
     return ArrayTask(int(env["SLURM_ARRAY_JOB_ID"]), task, count)
 
 
-def _nodes(env: Mapping[str, str], slurm: Slurm, first: str) -> tuple[str, ...]:
+def _nodes(env: Mapping[str, str], slurm: Scheduler, first: str) -> tuple[str, ...]:
     """Nodes of a task that has several, this one first; empty when this is all.
 
     Raises:

@@ -13,6 +13,8 @@ import sys
 
 #: ``PR_SET_PDEATHSIG`` of ``<linux/prctl.h>``: the signal sent on the parent's death.
 PR_SET_PDEATHSIG = 1
+#: ``PR_SET_CHILD_SUBREAPER`` of the same: whose parent ends becomes a child of this process.
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def die_with_parent(sig: int = signal.SIGKILL, parent: int | None = None) -> None:
@@ -30,3 +32,15 @@ def die_with_parent(sig: int = signal.SIGKILL, parent: int | None = None) -> Non
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) was refused")
     if os.getppid() != parent:
         os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends, instead of init.
+
+    Does nothing on systems other than Linux.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) was refused")

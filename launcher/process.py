@@ -77,6 +77,32 @@ def listens(pid: int, port: int) -> bool:
     )
 
 
+def port_holder(port: int) -> str:
+    """Who listens on TCP ``port`` here, in words; empty when nobody does."""
+    import psutil  # only needed when something is in the way
+
+    try:
+        listening = [
+            connection
+            for connection in psutil.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+            and connection.laddr
+            and connection.laddr.port == port
+        ]
+    except (psutil.Error, OSError):
+        return "a process that cannot be seen from here"
+    if not listening:
+        return ""
+    pid = next((c.pid for c in listening if c.pid), None)
+    try:
+        if pid is None:
+            return "a process of another user"
+        process = psutil.Process(pid)
+        return f"pid {pid} of {process.username()} ({' '.join(process.cmdline())[:120]})"
+    except psutil.Error:
+        return f"pid {pid}"
+
+
 def still_runs(pid: int, started: float) -> bool:
     """Whether the process ``pid`` that started at ``started`` still runs (a zombie does not)."""
     import psutil

@@ -8,7 +8,7 @@ from launcher.history import History
 from launcher.model import ReportFormat, UsageError
 from launcher.report import render
 from launcher.rundir import RunDir, replace
-from launcher.slurm import Slurm
+from launcher.scheduler import scheduler_of
 from launcher.watcher import Watcher
 
 
@@ -26,7 +26,7 @@ def publish(run: RunDir, shape: ReportFormat, output: Path | None = None) -> Pat
     if output is not None and output.is_dir():
         raise UsageError(f"cannot write {output}: it is a folder, name a file in it")
     history = History()
-    with Watcher.of_run(run, Slurm()) as watcher:
+    with Watcher.of_run(run, scheduler_of(run)) as watcher:
         watcher.on_event = history.note
         watcher.look(final=True)
         return write(run, watcher, history, shape, output)
@@ -43,7 +43,7 @@ def write(
     state = watcher.state
     history.check(state)
     if state.finished:
-        watcher.blind.pop("Slurm", None)  # nothing is left that Slurm could tell
+        watcher.blind.pop(state.scheduler, None)  # nothing is left that it could tell
     end = state.last_event if state.finished else watcher.present
     path = output or run.report(shape.suffix)
     text = render(shape, run.manifest(), state, history, watcher.findings(end), end)

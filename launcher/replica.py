@@ -17,10 +17,10 @@ from launcher.payload import say
 from launcher.plan import Plan
 from launcher.records import note
 from launcher.rundir import Manifest, RunDir
-from launcher.slurm import Slurm
+from launcher.scheduler import Scheduler
 
 
-def run_replica(env: Mapping[str, str], slurm: Slurm, script: Sequence[str] = ()) -> int:
+def run_replica(env: Mapping[str, str], slurm: Scheduler, script: Sequence[str] = ()) -> int:
     """Run the replica group that Slurm started us for; returns the task's exit code.
 
     Args:
@@ -50,7 +50,7 @@ def run_replica(env: Mapping[str, str], slurm: Slurm, script: Sequence[str] = ()
         argv=partial(_argv, site, manifest, mine.task),
         slurm_task=mine.name,
     )
-    return Keeper(plan, mine.task, slurm).run()
+    return Keeper(plan, mine.task, opening.scheduler).run()
 
 
 def _flags(env: Mapping[str, str], manifest: Manifest, run: RunDir, task: Task) -> list[str]:

@@ -17,6 +17,7 @@
         orders.jsonl              what the guardian tells the launchers on the nodes
         events.jsonl              what the guardian saw and did
         report.html               what `launcher report` made of all that
+        local/                    of a run of one machine: its daemon's (launcher/local.py)
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The configuration as parsed, for reports."""
+    cluster: str = "slurm"
+    """Who runs its tasks: ``slurm``, or ``local`` for the daemon of a run of one machine."""
 
     @property
     def ranks_per_node(self) -> int:
@@ -140,6 +143,11 @@ class RunDir:
     def endings(self, replica: int) -> Path:
         """How the attempts of a replica group ended badly, and what was decided then."""
         return self.groups / f"{replica}.endings.jsonl"
+
+    @property
+    def local(self) -> Path:
+        """Of the daemon that runs the tasks of a run of one machine."""
+        return self.path / "local"
 
     @property
     def guardian_lock(self) -> Path:
@@ -232,6 +240,11 @@ class Outputs:
     @property
     def torchft(self) -> Path:
         return self.root / "torchft"
+
+    @property
+    def cache(self) -> Path:
+        """Of libraries, for who has no home directory."""
+        return self.root / "cache"
 
     @property
     def lighthouses(self) -> Path:

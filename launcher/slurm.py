@@ -77,6 +77,8 @@ class Node:
 class Slurm:
     """Slurm's commands, with an injected way to run them."""
 
+    name = "Slurm"
+
     def __init__(self, run: Run = run) -> None:
         self._run = run
 

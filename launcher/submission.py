@@ -23,11 +23,12 @@ from typing import IO
 from launcher import preflight, process
 from launcher.config import Site
 from launcher.interrupts import signals_ignored, stop_on_signals
-from launcher.lighthouse import Address, LighthouseDir, alive, port_holder, responds
+from launcher.lighthouse import Address, LighthouseDir, alive, responds
 from launcher.lighthouse_child import PORTS
 from launcher.lock import acquire
 from launcher.model import BlindError, KitError, UsageError
 from launcher.opening import SCRIPT_JOB, TORCHTITAN_JOB, manifest_of
+from launcher.process import port_holder
 from launcher.rundir import Outputs, RunDir, replace
 from launcher.settings import Resolved, ports
 from launcher.slurm import Slurm

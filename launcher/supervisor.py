@@ -26,7 +26,6 @@ from launcher.lighthouse import (
     LighthouseDir,
     alive,
     answers,
-    port_holder,
     wait_until,
 )
 from launcher.lighthouse_child import (
@@ -38,7 +37,7 @@ from launcher.lighthouse_child import (
 )
 from launcher.lock import acquire
 from launcher.model import BlindError, KitError, UsageError
-from launcher.process import start_time
+from launcher.process import port_holder, start_time
 from launcher.relay import Relay
 from launcher.rundir import Outputs
 

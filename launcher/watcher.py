@@ -18,7 +18,8 @@ from launcher.findings import Finding, Snapshot, judge
 from launcher.lighthouse_log import LighthouseReader, Waiting
 from launcher.model import BlindError, GroupState
 from launcher.rundir import RunDir
-from launcher.slurm import Job, Node, Slurm
+from launcher.scheduler import Scheduler
+from launcher.slurm import Job, Node
 from launcher.state import Notice, RunState
 from launcher.tail import Tail
 
@@ -62,7 +63,7 @@ class Watcher:
     """Reads one run; every look folds in what is new."""
 
     def __init__(
-        self, logs: list[Log], state: RunState, *, run: RunDir | None, slurm: Slurm | None
+        self, logs: list[Log], state: RunState, *, run: RunDir | None, slurm: Scheduler | None
     ) -> None:
         self.state = state
         self.blind: dict[str, str] = {}
@@ -72,6 +73,8 @@ class Watcher:
         self._logs = logs
         self._run = run
         self._slurm = slurm
+        if slurm is not None:
+            state.scheduler = slurm.name
         self.jobs: list[Job] = []
         """The run's array tasks, as last asked."""
         self.eager = False
@@ -88,7 +91,7 @@ class Watcher:
         """Called after each event has been folded in (a history, for example)."""
 
     @classmethod
-    def of_run(cls, run: RunDir, slurm: Slurm | None = None) -> Watcher:
+    def of_run(cls, run: RunDir, slurm: Scheduler | None = None) -> Watcher:
         """Watch a run of ours by everything in its directory."""
         manifest = run.manifest()
         older = run.lighthouse_log.with_name(run.lighthouse_log.name + ".1")
@@ -222,7 +225,7 @@ class Watcher:
                 return log.reader.waiting
         return Waiting()
 
-    def _ask_jobs_and_nodes(self, slurm: Slurm, run: RunDir, every: float) -> list[Job]:
+    def _ask_jobs_and_nodes(self, slurm: Scheduler, run: RunDir, every: float) -> list[Job]:
         jobs = slurm.jobs(*run.arrays())
         if time.monotonic() - self._nodes_asked >= every:
             self._nodes_asked = time.monotonic()
@@ -256,7 +259,7 @@ class Watcher:
                 notices = self.state.observe(jobs, now)
                 notices += self.state.observe_nodes(self.nodes.values(), now)
         if self._slurm_problem:
-            self.blind["Slurm"] = self._slurm_problem
+            self.blind[self.state.scheduler] = self._slurm_problem
         return notices
 
 

@@ -328,3 +328,17 @@ def test_nobody_breaks_a_node_without_being_asked() -> None:
         confirm([KINDS["kill-rank"]], "it", lambda question: False, told.append)
     confirm([KINDS["node-down"]], "it", lambda question: True, told.append)
     confirm([KINDS["node-down"]], "it", None, told.append)
+
+
+def test_a_run_of_one_machine_has_no_nodes_to_break(
+    scene: tuple[RunDir, Manifest], fake_run: FakeRun
+) -> None:
+    run, manifest = scene
+    local = (run, dataclasses.replace(manifest, cluster="local"))
+    for kind in ("node-down", "node-drain", "node-crash", "network-cut", "preempt", "time-limit"):
+        with pytest.raises(UsageError, match=f"{kind} is done to Slurm's nodes"):
+            aimed(local, fake_run, kind)
+    target = aimed(local, fake_run, "kill-rank")
+    assert target.at_node == (), "everything of it is on this machine"
+    (step,) = KINDS["requeue"].steps(target)
+    assert step.argv[1:] == ("-m", "launcher", "local", "requeue", str(run.path), "1")

@@ -166,7 +166,7 @@ def test_who_was_at_work_until_its_end_was_not_hung() -> None:
 
 def test_the_loss_of_groups_that_do_not_meet_is_their_mean() -> None:
     for every, losses in ((1, [4.0, 4.0]), (10, [5.0])):
-        state, history = RunState(2, 1000, every), History()
+        state, history = RunState(2, 1000, sync_every=every), History()
         for step in (1, 2):
             for replica, loss in ((0, 4.0), (1, 6.0)):
                 event = Event(t=step, kind="metrics", replica=replica, fields={"loss": loss})

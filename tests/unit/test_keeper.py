@@ -375,6 +375,8 @@ def test_an_unfit_node_is_left(
     (exit_event,) = events(run, "exit")
     assert exit_event["reason"] == "unfit node: GPU 3 does not answer"
     assert exit_event["next"] == "requeued"
+    # With no requeue left, its exit code asks for none either.
+    assert keep("raise SystemExit('never run')", limits=Limits(elsewhere=0)).run() == 1
 
 
 def test_a_stopped_task_is_not_started_again(keep: Callable[..., Keeper], run: RunDir) -> None:

@@ -289,7 +289,7 @@ def test_what_is_sent_and_written_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_run: FakeRun
 ) -> None:
     fake_run.on("squeue", out="")
-    monkeypatch.setattr("launcher.publish.Slurm", lambda: Slurm(fake_run))
+    monkeypatch.setattr("launcher.scheduler.Slurm", lambda: Slurm(fake_run))
     run = Outputs(tmp_path).run_of_array(5188682)
     shutil.copytree(SCENE, run.path)
     page = publish(run, ReportFormat.HTML).read_text()

@@ -38,7 +38,7 @@ HOSTILE = "<script>alert(1)</script>\" onload='x' | `y` & </svg></title>\x1b[31m
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_run: FakeRun) -> RunDir:
     """The recorded run, where Slurm does not answer."""
     fake_run.on("squeue", code=1, err="Unable to contact slurm controller")
-    monkeypatch.setattr("launcher.publish.Slurm", lambda: Slurm(fake_run))
+    monkeypatch.setattr("launcher.scheduler.Slurm", lambda: Slurm(fake_run))
     run = Outputs(tmp_path).run_of_array(5183502)
     shutil.copytree(FIXTURES / "node-down", run.path)
     return run
