@@ -22,7 +22,7 @@ class Islands:
     """A run of groups that train by themselves, told by their events."""
 
     def __init__(self, groups: int = 2, own_steps: float = 1.0) -> None:
-        self.state = RunState(groups, 1000, 100)
+        self.state = RunState(groups, 1000, sync_every=100)
         for replica in range(groups):
             self.tell("launch", replica, 0.0, attempt=1, host=f"w{replica}", task=replica)
         for replica in range(groups):

@@ -271,7 +271,7 @@ def test_nodes_are_left_out_and_nonsense_is_refused(start: Start, run: RunDir) -
         local.requeue("50_7")
     with pytest.raises(LocalError, match="no node 'w0'"):
         local.start_now("50_1", ["w0"])
-    with pytest.raises(LocalError, match="no tasks of job 51"):
+    with pytest.raises(LocalError, match="only the whole of tft-50 can be cancelled, and not 51"):
         local.cancel(51)
     with pytest.raises(ValueError, match="51_0"):
         local.requeue("51_0")
