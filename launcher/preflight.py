@@ -34,7 +34,7 @@ def check(site: Site) -> Training:
         UsageError: something is missing; says what, where and how to mend it.
     """
     _check_packages()
-    settings = _load(site.config)
+    settings = load(site.config)
     tokenizer = setting(settings, site.extra_args, "model", "hf_assets_path")
     if tokenizer is not None:
         _check_tokenizer(Path(str(tokenizer)), site.config)
@@ -60,6 +60,20 @@ def setting(settings: dict[str, Any], extra: Sequence[str], section: str, key: s
     return part.get(key) if isinstance(part, dict) else None
 
 
+def switch(settings: dict[str, Any], extra: Sequence[str], section: str, key: str) -> bool | None:
+    """Like ``setting``, of one that is on or off: its flags are ``--section.key`` and
+    ``--section.no-key``. None when neither file nor flags say anything."""
+    part = settings.get(section, {})
+    value = part.get(key) if isinstance(part, dict) else None
+    for flag in extra:
+        name = flag.replace("-", "_")
+        if name == f"__{section}.{key}":
+            value = True
+        elif name == f"__{section}.no_{key}":
+            value = False
+    return None if value is None else bool(value)
+
+
 def _check_packages() -> None:
     missing = [pip for module, pip in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
@@ -69,7 +83,12 @@ def _check_packages() -> None:
         )
 
 
-def _load(config: Path) -> dict[str, Any]:
+def load(config: Path) -> dict[str, Any]:
+    """The torchtitan file ``config`` as parsed.
+
+    Raises:
+        UsageError: it is not there, cannot be read, or is not TOML.
+    """
     try:
         with config.open("rb") as file:
             return tomllib.load(file)
