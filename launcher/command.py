@@ -27,6 +27,8 @@ class Torchrun:
     node_rank: int = 0
     master: str = ""
     """``host:port`` of the first node, for a job of several."""
+    module: str = "launcher.train"
+    """What every rank runs."""
 
     def argv(self, trainer: Sequence[str]) -> list[str]:
         if self.nodes == 1:
@@ -51,7 +53,7 @@ class Torchrun:
             *(["--local-ranks-filter=0", "--tee=3"] if self.node_rank == 0 else ["--redirects=3"]),
             f"--log-dir={self.log_dir}",
             "-m",
-            "launcher.train",
+            self.module,
             *trainer,
         ]
 

@@ -35,14 +35,23 @@ def check(site: Site) -> Training:
     """
     _check_packages()
     settings = load(site.config)
-    tokenizer = setting(settings, site.extra_args, "model", "hf_assets_path")
-    if tokenizer is not None:
-        _check_tokenizer(Path(str(tokenizer)), site.config)
-    if setting(settings, site.extra_args, "training", "dataset") == "jsonl":
-        _check_data(setting(settings, site.extra_args, "training", "dataset_path"), site.config)
+    check_assets(settings, site.extra_args, site.config)
     _check_timeouts(settings, site)
     steps = setting(settings, site.extra_args, "training", "steps")
     return Training(settings=settings, steps=_whole(steps, "training.steps"))
+
+
+def check_assets(settings: dict[str, Any], extra: Sequence[str], config: Path) -> None:
+    """Check that the tokenizer and the data of ``config`` are there.
+
+    Raises:
+        UsageError: they are not; says how to get them.
+    """
+    tokenizer = setting(settings, extra, "model", "hf_assets_path")
+    if tokenizer is not None:
+        _check_tokenizer(Path(str(tokenizer)), config)
+    if setting(settings, extra, "training", "dataset") == "jsonl":
+        _check_data(setting(settings, extra, "training", "dataset_path"), config)
 
 
 def setting(settings: dict[str, Any], extra: Sequence[str], section: str, key: str) -> Any:

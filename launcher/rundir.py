@@ -15,6 +15,7 @@
         orders.jsonl              what the guardian tells the launchers on the nodes
         events.jsonl              what the guardian saw and did
         report.html               what `launcher report` made of all that
+      .doctor-<token>/            what `launcher doctor` and its job tell each other, while it runs
 """
 
 from __future__ import annotations
@@ -177,6 +178,56 @@ class RunDir:
 
 
 @dataclass(frozen=True, slots=True)
+class Visit:
+    """Files of one visit of the doctor to the nodes. (``slurm/doctor.sbatch`` knows ``refused``.)"""
+
+    path: Path
+
+    @property
+    def asked(self) -> Path:
+        """What the login node asks, written in place; its ``ping`` comes later."""
+        return self.path / "asked.json"
+
+    @property
+    def arrived(self) -> Path:
+        """The node's first word."""
+        return self.path / "arrived.json"
+
+    @property
+    def pong(self) -> Path:
+        """The node's answer to the ``ping``."""
+        return self.path / "pong.json"
+
+    @property
+    def findings(self) -> Path:
+        """What the node has found."""
+        return self.path / "findings.json"
+
+    @property
+    def refused(self) -> Path:
+        """Why the job script could not start Python, as text: the node, then the reason."""
+        return self.path / "refused"
+
+    @property
+    def log(self) -> Path:
+        """Output of the job."""
+        return self.path / "job.log"
+
+    @property
+    def allreduce(self) -> Path:
+        """Result of the all-reduce between nodes."""
+        return self.path / "allreduce.json"
+
+    def part(self, node_rank: int) -> Path:
+        """What one node of several has found."""
+        return self.path / f"part.{node_rank}.json"
+
+    def ranks(self, node_rank: int) -> Path:
+        """Output of the ranks of one node of several."""
+        return self.path / f"ranks.{node_rank}"
+
+
+@dataclass(frozen=True, slots=True)
 class Outputs:
     """Everything below ``outputs/`` that this kit writes for torchft runs."""
 
@@ -189,6 +240,13 @@ class Outputs:
     @property
     def lighthouses(self) -> Path:
         return self.torchft / "lighthouses"
+
+    def visit(self, token: str) -> Visit:
+        return Visit(self.torchft / f".doctor-{token}")
+
+    def visits(self) -> list[Visit]:
+        """Those under way, and what others have left behind."""
+        return [Visit(path) for path in sorted(self.torchft.glob(".doctor-*")) if path.is_dir()]
 
     def run_of_array(self, array_job_id: int) -> RunDir:
         return RunDir(self.torchft / f"tft-{array_job_id}")

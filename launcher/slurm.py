@@ -245,6 +245,21 @@ class Slurm:
     def cancel(self, job_id: int) -> None:
         self._ok(["scancel", str(job_id)])
 
+    def queued(self, name: str) -> list[int]:
+        """This user's jobs of that name that have not ended.
+
+        Raises:
+            BlindError: the controller could not be asked.
+        """
+        done = self._run(["squeue", "--me", "--noheader", f"--name={name}", "--format=%A"])
+        if done.code != 0:
+            raise _blind(done)
+        return [int(word) for word in done.out.split() if word.isdigit()]
+
+    def cancel_named(self, name: str) -> None:
+        """Cancel this user's jobs of that name; nothing when there is none."""
+        self._ok(["scancel", "--me", f"--name={name}"])
+
     def _ok(self, argv: Sequence[str]) -> Completed:
         done = self._run(argv)
         if done.code != 0:
