@@ -108,7 +108,7 @@ def _environment(found: Found, here: Mapping[str, str]) -> Result:
     if imports.get("error"):
         return failed(
             "environment on a node",
-            f"{found.host}: torch, torchft and torchtitan cannot be imported: {imports['error']}",
+            f"{found.host}: what training imports is not all there: {imports['error']}",
             "run `make setup` for the nodes' system, on the shared file system",
         )
     there = found.node["versions"]
@@ -125,8 +125,8 @@ def _environment(found: Found, here: Mapping[str, str]) -> Result:
         )
     return passed(
         "environment on a node",
-        f"{found.host}: Python {found.node['python']}, torch {imports['torch']} with torchft and "
-        f"torchtitan, imported in {imports['seconds']:.1f} s",
+        f"{found.host}: Python {found.node['python']}, torch {imports['torch']}; what training "
+        f"imports took {imports['seconds']:.1f} s",
     )
 
 
@@ -266,8 +266,8 @@ def between(target: Target, found: Found, nodes: int) -> Iterator[Result]:
         yield passed(
             "all-reduce",
             f"{ran['ranks']} ranks on {nodes} nodes by {ran['backend']}: {speed:.2f} GB/s "
-            f"({ran['bytes'] >> 20} MiB in {_time(ran['seconds'])}; the first contact took "
-            f"{_time(ran['first_seconds'])})",
+            f"({ran['bytes'] >> 20} MiB in {_time(ran['seconds'])}; they met in "
+            f"{_time(ran['met_seconds'])})",
         )
     if target.device == "cuda":
         yield from _gpus(target, found)

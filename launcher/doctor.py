@@ -94,7 +94,7 @@ def examine(
             return [*sections, Section(name="a node", results=[unasked])]
         errand = Errand(target, slurm, token, say)
         places = surroundings.places(target, known, listener.open)
-        asked = {"packages": list(pinned), "reach": places}
+        asked = {"packages": list(pinned), "reach": places, "device": target.device}
         node = _job(
             "a node",
             errand,

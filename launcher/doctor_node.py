@@ -46,10 +46,14 @@ SMI_SECONDS = 20.0
 ALLREDUCE_SECONDS = 150.0
 
 DRIVER = Path("/proc/driver/nvidia/version")
-_IMPORTS = (
-    "import json, torch, torchft, torchtitan\n"
-    "print('found ' + json.dumps({'torch': torch.__version__, 'cuda': torch.version.cuda}))"
-)
+_IMPORTS = """
+import json, sys
+from launcher.train import device
+if sys.argv[1] == "cpu":
+    device.prepare("cpu")
+import launcher.train.trainer, torch, torchft
+print("found " + json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda}))
+"""
 _SMI = "index,name,driver_version,memory.total,temperature.gpu"
 
 
@@ -90,7 +94,7 @@ def look(asked: Mapping[str, Any]) -> dict[str, Any]:
         "host": _host(),
         "python": ".".join(map(str, sys.version_info[:3])),
         "versions": installed(asked["packages"]),
-        "imports": imports(),
+        "imports": imports(str(asked["device"])),
         "interfaces": interfaces(),
         "reached": reach(asked["reach"], asked["token"]),
         "driver": driver(),
@@ -108,11 +112,11 @@ def installed(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def imports() -> dict[str, Any]:
-    """Whether what training needs can be imported here, and how long it takes (seconds)."""
+def imports(device: str) -> dict[str, Any]:
+    """Whether what a rank imports can be imported here, and how long it takes (seconds)."""
     begun = time.monotonic()
     try:
-        done = run([sys.executable, "-c", _IMPORTS], IMPORT_SECONDS)
+        done = run([sys.executable, "-c", _IMPORTS, device], IMPORT_SECONDS)
     except KitError as error:
         return {"error": str(error)}
     match = re.search(r"^found (.*)$", done.out, re.MULTILINE)
