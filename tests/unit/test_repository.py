@@ -164,7 +164,10 @@ def test_no_module_is_long() -> None:
         assert len(path.read_text().splitlines()) <= 400, path.name
 
 
-@pytest.mark.parametrize("command", [["--help"], ["lighthouse", "status"], ["monitor", "--once"]])
+@pytest.mark.parametrize(
+    "command",
+    [["--help"], ["lighthouse", "status"], ["monitor", "--once"], ["doctor", "--no-job"]],
+)
 def test_the_launchers_commands_never_import_torch(command: list[str], tmp_path: Path) -> None:
     code = (
         "import sys\nfrom launcher.cli import main\n"
