@@ -5,6 +5,8 @@ Reads, and starts two kinds of small jobs that it ends itself; it changes nothin
 
 from __future__ import annotations
 
+import dataclasses
+import getpass
 import json
 import re
 import secrets
@@ -84,7 +86,7 @@ def examine(
             Section(name="this machine", results=machine),
             Section(name="training", results=list(_training(target))),
         ]
-        cluster = list(_cluster(target, slurm, env))
+        cluster = list(_cluster(target, slurm))
         sections.append(Section(name="Slurm", results=cluster))
         if not scope.job:
             skipped = blind("a node", "--no-job: nothing was submitted", needed=False)
@@ -144,7 +146,7 @@ def _training(target: Target) -> Iterator[Result]:
         yield from checks_training.healing(settings, extra, target.device)
 
 
-def _cluster(target: Target, slurm: Slurm, env: Mapping[str, str]) -> Iterator[Result]:
+def _cluster(target: Target, slurm: Slurm) -> Iterator[Result]:
     missing = surroundings.missing_commands()
     yield checks_here.commands(missing)
     if missing:
@@ -167,11 +169,12 @@ def _cluster(target: Target, slurm: Slurm, env: Mapping[str, str]) -> Iterator[R
     except KitError as error:
         yield blind("partition", str(error))
         return
+    there = dataclasses.replace(target, partition=chosen.name)
     try:
-        known = slurm.associations(env.get("USER") or env.get("LOGNAME", ""))
-        yield checks_slurm.account(target, config, known)
+        known = slurm.associations(getpass.getuser())
+        yield checks_slurm.account(there, config, known)
     except KitError as error:
-        yield checks_slurm.account(target, config, str(error))
+        yield checks_slurm.account(there, config, str(error))
     yield _job_script(target, slurm)
 
 
@@ -212,16 +215,13 @@ def _job(
     except UsageError as error:
         results = [_of_error(check, str(error))]
     except SlurmError as error:
-        results = [blind(check, f"Slurm refuses the job: {_last(error)}", "--no-job looks without")]
+        said = str(error).rpartition(f"{errand.visit.path}: ")[2]
+        results = [blind(check, f"Slurm refuses the job: {said}", "--no-job looks without")]
     except KitError as error:
         results = [blind(check, str(error), "--no-job looks without")]
     if errand.left:
         results.append(warning("clean-up", errand.left, "run that command"))
     return results
-
-
-def _last(error: KitError) -> str:
-    return str(error).rpartition(".sbatch ")[2][-300:]
 
 
 def _of_error(check: str, message: str) -> Result:

@@ -116,7 +116,7 @@ class Errand:
         begun = False
         try:
             try:
-                self.visit.path.mkdir(parents=True)
+                self.visit.path.mkdir(parents=True, mode=0o700)
                 self._ask(asked)
             except OSError as error:
                 raise KitError(f"cannot write {self.visit.path}: {error.strerror}") from error
@@ -127,7 +127,7 @@ class Errand:
             with signals_ignored():
                 if begun:
                     self.left = self._end(name)
-                shutil.rmtree(self.visit.path, ignore_errors=True)
+                _remove(self.visit.path)
 
     def _end(self, name: str) -> str:
         """Cancel by name, which also finds a job whose id was never heard; what stays, in words."""
@@ -225,6 +225,15 @@ class Errand:
     def _task(self, job: int) -> Job | None:
         found = self._slurm.jobs(job)
         return found[0] if found else None
+
+
+def _remove(folder: Path) -> None:
+    """Also where a network file system keeps a file for as long as somebody has it open."""
+    for _ in range(5):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.3)
 
 
 def _waits(task: Job | None) -> str:

@@ -180,6 +180,23 @@ def test_an_allreduce_over_nodes(target: Target) -> None:
     assert errand(target, Cluster(FAILED, broken)).deep(2).problem == "worker-0: rank 0: timed out"
 
 
+def test_a_job_that_slurm_refuses_is_told_in_its_words(target: Target) -> None:
+    class Refusing(Cluster):
+        def __call__(self, argv: Sequence[str]) -> Completed:
+            if argv[0] == "sbatch":
+                said = "sbatch: error: Batch job submission failed: Invalid account"
+                return Completed(tuple(argv), 1, "", said)
+            return super().__call__(argv)
+
+    visit = errand(target, Refusing(PENDING))
+    (result,) = doctor._job("a node", visit, lambda: visit.node({}), lambda found: [])
+    assert result.grade is Grade.BLIND
+    assert result.found == (
+        "Slurm refuses the job: sbatch: error: Batch job submission failed: Invalid account"
+    )
+    assert not visit.visit.path.exists()
+
+
 def test_a_slurm_that_stops_answering_is_blindness(target: Target) -> None:
     cluster = Cluster(PENDING)
     cluster.on(
