@@ -102,7 +102,7 @@ def test_without_dataloader_checkpoints_every_group_writes_the_whole_one(tmp_pat
 
 
 def test_initial_weights_are_ignored_with_checkpoints_off(tmp_path: Path) -> None:
-    weights = {"initial_load_path": str(tmp_path / "nothing is here")}
+    weights: dict[str, Any] = {"initial_load_path": str(tmp_path / "nothing is here")}
     assert not manager(tmp_path, enable=False, **weights).load()
     with pytest.raises(ValueError, match="not valid"):
         manager(tmp_path, enable=True, **weights).load()

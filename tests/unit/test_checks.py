@@ -119,10 +119,11 @@ def test_a_setting_that_is_not_shown_is_not_taken_to_be_fine() -> None:
     assert odd.startswith("could not look scontrol shows SlurmdTimeout as 'soon'")
 
 
-def part(**settings: str) -> cluster.Partition:
+def part(state: str = "UP", max_time: str = "1-0", **settings: str) -> cluster.Partition:
+    """The recorded partition, with some of it changed."""
     (main, _) = PARTITIONS
-    changed = {"state": settings.pop("state", "UP"), "max_time": settings.pop("max_time", "1-0")}
-    return dataclasses.replace(main, settings={**main.settings, **settings}, **changed)
+    shown = {**main.settings, **settings}
+    return dataclasses.replace(main, settings=shown, state=state, max_time=max_time)
 
 
 @pytest.mark.parametrize(
