@@ -31,6 +31,14 @@ def node(target: Target, found: Found, here: Mapping[str, str]) -> Iterator[Resu
     if found.refused:
         yield from _refused(found)
         return
+    if not found.host and found.wrote:
+        yield passed("shared file system", f"{found.ran_on} writes where this machine reads")
+        yield failed(
+            "environment on a node",
+            found.problem,
+            "run `srun python -m launcher --help` with that environment, and see what it waits for",
+        )
+        return
     if not found.host and found.ran_on:
         yield failed(
             "shared file system",

@@ -155,7 +155,7 @@ def _cluster(target: Target, slurm: Slurm) -> Iterator[Result]:
     try:
         config = slurm.config()
     except KitError as error:
-        yield blind("Slurm", str(error), "`scontrol ping` asks whether its controller is up")
+        yield blind("Slurm", _last_line(error), "`scontrol ping` asks whether its controller is up")
         return
     yield from checks_slurm.settings(config)
     try:
@@ -167,14 +167,14 @@ def _cluster(target: Target, slurm: Slurm) -> Iterator[Result]:
             return
         yield from checks_slurm.nodes(target, slurm.resources(chosen.name))
     except KitError as error:
-        yield blind("partition", str(error))
+        yield blind("partition", _last_line(error))
         return
     there = dataclasses.replace(target, partition=chosen.name)
     try:
         known = slurm.associations(getpass.getuser())
         yield checks_slurm.account(there, config, known)
     except KitError as error:
-        yield checks_slurm.account(there, config, str(error))
+        yield checks_slurm.account(there, config, _last_line(error))
     yield _job_script(target, slurm)
 
 
@@ -193,7 +193,7 @@ def _job_script(target: Target, slurm: Slurm) -> Result:
             "--cpus-per-task=64",
         )
     except KitError as error:
-        return blind("job script", str(error))
+        return blind("job script", _last_line(error))
     return passed("job script", f"Slurm would take {SCRIPT} ({''.join(said)[:120]})")
 
 
@@ -218,10 +218,15 @@ def _job(
         said = str(error).rpartition(f"{errand.visit.path}: ")[2]
         results = [blind(check, f"Slurm refuses the job: {said}", "--no-job looks without")]
     except KitError as error:
-        results = [blind(check, str(error), "--no-job looks without")]
+        results = [blind(check, _last_line(error), "--no-job looks without")]
     if errand.left:
         results.append(warning("clean-up", errand.left, "run that command"))
     return results
+
+
+def _last_line(error: KitError) -> str:
+    """Slurm says what matters last."""
+    return str(error).strip().splitlines()[-1]
 
 
 def _of_error(check: str, message: str) -> Result:

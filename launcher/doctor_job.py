@@ -48,6 +48,8 @@ class Found:
     """Why it brought back nothing; empty when it did."""
     ran_on: str = ""
     """Node, as Slurm says, where the job ran and its word did not arrive; else empty."""
+    wrote: bool = False
+    """Whether Slurm's log of it was seen here, which is written on the node."""
     refused: str = ""
     """What the job script said when it could not start Python."""
     host: str = ""
@@ -167,12 +169,13 @@ class Errand:
 
     def _await_parts(self, job: int, found: Found, nodes: int, queue_until: float) -> None:
         self._say(f"waiting for {nodes} nodes for an all-reduce ({job}) …")
-        parts = []
         for number in range(nodes):
             seconds = ALLREDUCE_SECONDS + 20.0
-            part = self._await(self.visit.part(number), job, found, seconds, queue_until)
-            if part is not None:
-                parts.append(part)
+            path = self.visit.part(number)
+            if self._await(path, job, found, seconds, queue_until) is None:
+                break
+        known = (_read(self.visit.part(number)) for number in range(nodes))
+        parts = [part for part in known if part is not None]
         found.parts = parts
         found.allreduce = _read(self.visit.allreduce)
         failures = [f"{part['host']}: {part['failure']}" for part in parts if part["failure"]]
@@ -218,6 +221,7 @@ class Errand:
             if not task.live and now < ended + (SLURM_EVERY if said_here else APPEAR_SECONDS):
                 continue
             found.ran_on = task.node
+            found.wrote = _is_listed(self.visit.log)
             found.problem = f"the job on {task.node} is {task.state}"
             found.problem += f": {said_here}" if said_here else f", and {path.name} did not come"
             return None
@@ -245,9 +249,13 @@ def _waits(task: Job | None) -> str:
 def _read(path: Path) -> dict[str, Any] | None:
     """Read past what a network file system remembers of a folder: listing it asks anew."""
     with contextlib.suppress(OSError, KitError):
-        if path.name in os.listdir(path.parent):
+        if _is_listed(path):
             return read_json(path)
     return None
+
+
+def _is_listed(path: Path) -> bool:
+    return path.name in os.listdir(path.parent)
 
 
 def _refusal(visit: Visit) -> tuple[str, str] | None:

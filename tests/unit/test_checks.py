@@ -456,6 +456,11 @@ def test_a_file_system_that_is_slow_or_not_shared() -> None:
     lost = Found(ran_on="w-3", problem="the job on w-3 is FAILED")
     assert "file system that this machine" in told(seen(found=lost))
     assert exit_code(seen(found=lost)) == 1
+    mute = Found(ran_on="w-3", wrote=True, problem="the job on w-3 is FAILED: no python")
+    assert "failed the job on w-3 is FAILED: no python" in told(
+        seen(found=mute), "environment on a node"
+    )
+    assert told(seen(found=mute), "shared file system").startswith("passed w-3 writes")
     busy = Found(problem="no node came free in time: the job waits (Resources)")
     assert told(seen(found=busy)).startswith("could not look no node came free")
     assert exit_code(seen(found=busy)) == 4

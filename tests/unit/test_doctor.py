@@ -123,7 +123,9 @@ def test_a_job_whose_words_do_not_arrive(target: Target) -> None:
     silent = errand(target, Cluster(RUNNING)).node({})
     assert silent.ran_on == "worker-0"
     said = errand(target, Cluster(FAILED, lambda mode, visit: visit.log.write_text("no python\n")))
-    assert said.node({}).problem == "the job on worker-0 is FAILED: no python"
+    mute = said.node({})
+    assert mute.problem == "the job on worker-0 is FAILED: no python"
+    assert (found.wrote, mute.wrote) == (False, True)
 
 
 def test_a_node_without_the_environment_says_so(target: Target) -> None:
