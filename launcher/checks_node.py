@@ -72,6 +72,8 @@ def _refused(found: Found) -> Iterator[Result]:
 
 
 def _files(target: Target, found: Found) -> Result:
+    if found.round_trip is None and not found.node:
+        return blind("shared file system", found.problem or f"{found.host} did not answer")
     if found.round_trip is None:
         return failed(
             "shared file system",

@@ -453,6 +453,9 @@ def test_a_file_system_that_is_slow_or_not_shared() -> None:
     assert told(seen(found=slow), "shared file system").startswith("warning w-3 answered")
     stale = Found(host="w-3", node=NODE)
     assert told(seen(found=stale), "shared file system").startswith("failed w-3 reads")
+    died = Found(host="w-3", problem="the job on w-3 is NODE_FAIL")
+    assert told(seen(found=died), "shared file system").startswith("could not look the job on w-3")
+    assert exit_code(seen(found=died)) == 4
     lost = Found(ran_on="w-3", problem="the job on w-3 is FAILED")
     assert "file system that this machine" in told(seen(found=lost))
     assert exit_code(seen(found=lost)) == 1
