@@ -22,11 +22,14 @@ MIN_SHM = 1 << 30
 DRIVERS = {"11": 450, "12": 525, "13": 580}
 
 
-def node(target: Target, found: Found, here: Mapping[str, str]) -> Iterator[Result]:
+def node(
+    target: Target, found: Found, here: Mapping[str, str], *, deep: bool = False
+) -> Iterator[Result]:
     """Everything about one node.
 
     Args:
         here: versions of the packages on this machine.
+        deep: whether a job with GPUs looks at them afterwards.
     """
     if found.refused:
         yield from _refused(found)
@@ -58,7 +61,7 @@ def node(target: Target, found: Found, here: Mapping[str, str]) -> Iterator[Resu
     yield _environment(found, here)
     yield _lighthouse(target, found)
     yield _interface(target, found)
-    yield _driver(target, found)
+    yield _driver(target, found, deep)
     yield from _limits(target, found)
 
 
@@ -199,7 +202,7 @@ def _interface(target: Target, found: Found) -> Result:
     )
 
 
-def _driver(target: Target, found: Found) -> Result:
+def _driver(target: Target, found: Found, deep: bool) -> Result:
     if target.device != "cuda":
         return passed("driver and CUDA", "not needed: TFT_DEVICE=cpu")
     cuda, driver = found.node["imports"].get("cuda"), str(found.node["driver"])
@@ -215,7 +218,8 @@ def _driver(target: Target, found: Found) -> Result:
         return blind(
             "driver and CUDA",
             f"{found.host} shows no NVIDIA driver to a job without GPUs",
-            "--deep asks for GPUs, and looks",
+            "see 'GPUs of a node' below" if deep else "--deep asks for GPUs, and looks",
+            needed=not deep,
         )
     least = DRIVERS.get(str(cuda).split(".")[0])
     if least is not None and int(driver.split(".")[0]) < least:

@@ -101,7 +101,7 @@ def examine(
             "a node",
             errand,
             lambda: errand.node(asked, scope.queue_seconds),
-            lambda found: checks_node.node(target, found, versions),
+            lambda found: checks_node.node(target, found, versions, deep=scope.deep),
         )
         sections.append(Section(name="a node", results=node))
         if scope.deep:

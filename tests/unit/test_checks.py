@@ -422,6 +422,13 @@ def test_a_node_that_is_not(node: dict[str, Any], check: str, says: str) -> None
     assert says in told(seen(**node), check)
 
 
+def test_a_driver_that_is_seen_later_is_not_missed_now() -> None:
+    found = Found(host="w-3", round_trip=0.1, clock=(0, 0), node={**NODE, "driver": ""})
+    here = {"torch": "2.13.0"}
+    assert exit_code(checks_node.node(TARGET, found, here)) == 4
+    assert exit_code(checks_node.node(TARGET, found, here, deep=True)) == 0
+
+
 def test_the_interface_on_a_node() -> None:
     assert "TFT_INTERFACE is not set; w-3 has lo (127.0.0.1), ib0" in told(seen(), "interface")
     assert told(seen(having(interface="ib0")), "interface").startswith(
