@@ -45,7 +45,7 @@ def run_classic(env: Mapping[str, str], slurm: Slurm) -> int:
         node_address=site.node_address,
         nodes=nodes,
         node_rank=node_rank,
-        master=_meeting_point(env, slurm, job) if nodes > 1 else "",
+        master=meeting_point(env, slurm, job) if nodes > 1 else "",
     )
     failures = ranks / "failures.json"
     child_env = {
@@ -69,7 +69,7 @@ def run_classic(env: Mapping[str, str], slurm: Slurm) -> int:
     return code
 
 
-def _meeting_point(env: Mapping[str, str], slurm: Slurm, job: int) -> str:
+def meeting_point(env: Mapping[str, str], slurm: Slurm, job: int) -> str:
     """``host:port`` of the job's first node, the same on every node of it."""
     first = slurm.hostnames(env["SLURM_JOB_NODELIST"])[0]
     return f"{slurm.node_address(first)}:{PORTS[job % len(PORTS)]}"

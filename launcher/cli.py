@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from launcher import drill_cli, lighthouse_cli, local_cli, submit_cli
+from launcher import doctor_cli, drill_cli, lighthouse_cli, local_cli, submit_cli
 from launcher.lighthouse_cli import OUTPUTS, OutputsOption, say
 from launcher.model import KitError, ReportFormat
 
@@ -34,6 +34,7 @@ app.add_typer(lighthouse_cli.app, name="lighthouse")
 app.add_typer(drill_cli.app, name="drill")
 app.add_typer(local_cli.app, name="local")
 app.add_typer(sandbox_app, name="sandbox")
+app.command("doctor")(doctor_cli.doctor)
 
 FolderOption = Annotated[Path, typer.Option("--dir", help="The sandbox's own folder.")]
 NodeArgument = Annotated[str, typer.Argument(metavar="NODE", help="For example worker-1.")]

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from launcher import lease, leaving, lighthouse, nodecheck, records, spares, stacks
 from launcher.environment import Task, replica_environment
+from launcher.files import create_once
 from launcher.gpus import GpuSampler
 from launcher.lease import patiently
 from launcher.model import KitError
@@ -31,7 +32,6 @@ from launcher.payload import Payload, complain, node_of, say, why
 from launcher.plan import Ended, Plan
 from launcher.relay import Relay
 from launcher.restarts import UNFIT, Decision, Ending, Next, decide
-from launcher.rundir import create_once
 from launcher.scheduler import Scheduler
 from launcher.standby import Standby, Warm
 

@@ -32,11 +32,11 @@ from typing import Any
 
 from launcher import stacks, wire
 from launcher.command import TRAINER
+from launcher.files import replace
 from launcher.model import KitError
 from launcher.node import KEY, LEADER
 from launcher.parentage import die_with_parent
 from launcher.payload import ENDING, FORWARDED, GONE_SECONDS
-from launcher.rundir import replace
 from launcher.slurm import over_nodes
 
 #: Seconds for srun to start every node's part: Slurm may hold a step back for a moment.

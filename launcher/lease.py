@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from launcher.files import create_once, overwrite
 from launcher.model import KitError
-from launcher.rundir import create_once, overwrite
 
 #: Seconds for which shared files may be away when a group starts, and between two tries.
 FILES_SECONDS, RETRY = 60.0, 1.0

@@ -11,7 +11,7 @@ import json
 import math
 from pathlib import Path
 
-from launcher.rundir import overwrite
+from launcher.files import overwrite
 
 #: Seconds in which every rank has read the file (they look twice a second).
 MARGIN_SECONDS = 3.0

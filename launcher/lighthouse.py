@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from launcher.files import create_once, overwrite, read_json, replace
 from launcher.model import BlindError, KitError, UsageError
 from launcher.process import still_runs
-from launcher.rundir import Manifest, Outputs, RunDir, create_once, overwrite, read_json, replace
+from launcher.rundir import Manifest, Outputs, RunDir
 from launcher.scheduler import Scheduler, scheduler_of
 from launcher.slurm import Job
 

@@ -25,9 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.files import read_json, replace
 from launcher.model import BlindError, KitError
 from launcher.process import still_runs
-from launcher.rundir import RunDir, read_json, replace
+from launcher.rundir import RunDir
 from launcher.slurm import FINAL_STATES, Job, Node
 
 #: Seconds for the daemon to answer; it looks ten times a second.

@@ -27,14 +27,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launcher.children import Children, send
+from launcher.files import read_json
+from launcher.files import replace as replace_file
 from launcher.keeper import ELSEWHERE_CODE
 from launcher.local import SIGN_EVERY, TIME, LocalError, LocalFiles, LocalNode, LocalTask, State
 from launcher.local_lighthouse import OwnLighthouse
 from launcher.model import KitError
 from launcher.payload import say
 from launcher.process import start_time
-from launcher.rundir import RunDir, read_json
-from launcher.rundir import replace as replace_file
+from launcher.rundir import RunDir
 
 #: Seconds between two looks at everything.
 LOOK_EVERY = 0.1

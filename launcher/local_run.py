@@ -21,12 +21,12 @@ from typing import Any
 from launcher import preflight
 from launcher.children import send
 from launcher.config import Site
+from launcher.files import replace as replace_file
 from launcher.lighthouse import wait_until
 from launcher.local import Array, Local, LocalError, LocalFiles, LocalNode
 from launcher.model import BlindError, KitError, UsageError
 from launcher.process import still_runs
 from launcher.rundir import Outputs, RunDir
-from launcher.rundir import replace as replace_file
 
 #: What every task runs, as the job script does.
 TASK = (sys.executable, "-m", "launcher.task", "replica")

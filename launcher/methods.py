@@ -169,7 +169,7 @@ def schedule(method: Method, settings: Mapping[str, Any], extra: Sequence[str]) 
         fragments=len(named) if named else whole(settings, flags, _SECTION, "num_fragments", 1),
         delay=whole(settings, flags, _SECTION, "fragment_sync_delay", 0),
         alpha=share,
-        quantize=switch(settings, flags, _SECTION, "should_quantize"),
+        quantize=bool(switch(settings, flags, _SECTION, "should_quantize")),
     )
 
 

@@ -20,9 +20,10 @@ from typing import Any
 from launcher import nodecheck, stacks, wire
 from launcher.command import Torchrun
 from launcher.config import Site
+from launcher.files import overwrite
 from launcher.model import KitError, UsageError
 from launcher.payload import GONE_SECONDS, Payload
-from launcher.rundir import node_events, overwrite
+from launcher.rundir import node_events
 from launcher.standby import local_folder
 
 #: What srun passes on: where the leader listens, and the key that both know.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,8 @@ def check(site: Site, groups: int = 0, nodes: int = 1) -> Training:
         UsageError: something is missing; says what, where and how to mend it.
     """
     _check_packages(*_NEEDED)
-    settings = _load(site.config)
-    tokenizer = setting(settings, site.extra_args, "model", "hf_assets_path")
-    if tokenizer is not None:
-        _check_tokenizer(Path(str(tokenizer)), site.config)
-    if setting(settings, site.extra_args, "training", "dataset") == "jsonl":
-        _check_data(setting(settings, site.extra_args, "training", "dataset_path"), site.config)
+    settings = load(site.config)
+    check_assets(settings, site.extra_args, site.config)
     steps = _whole(setting(settings, site.extra_args, "training", "steps"), "training.steps")
     if not groups:
         _refuse(site.config, _timeouts(settings, site, HSDP))
@@ -97,6 +93,19 @@ def check_script(site: Site, script: str) -> Training:
     if problems:
         raise UsageError("; ".join(problems))
     return Training(settings={}, steps=None)
+
+
+def check_assets(settings: dict[str, Any], extra: Sequence[str], config: Path) -> None:
+    """Check that the tokenizer and the data of ``config`` are there.
+
+    Raises:
+        UsageError: they are not; says how to get them.
+    """
+    tokenizer = setting(settings, extra, "model", "hf_assets_path")
+    if tokenizer is not None:
+        _check_tokenizer(Path(str(tokenizer)), config)
+    if setting(settings, extra, "training", "dataset") == "jsonl":
+        _check_data(setting(settings, extra, "training", "dataset_path"), config)
 
 
 def _learning(
@@ -148,7 +157,12 @@ def _check_packages(*modules: str) -> None:
         )
 
 
-def _load(config: Path) -> dict[str, Any]:
+def load(config: Path) -> dict[str, Any]:
+    """The torchtitan file ``config`` as parsed.
+
+    Raises:
+        UsageError: it is not there, cannot be read, or is not TOML.
+    """
     try:
         with config.open("rb") as file:
             return tomllib.load(file)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from launcher.files import replace
 from launcher.history import History
 from launcher.model import ReportFormat, UsageError
 from launcher.report import render
-from launcher.rundir import RunDir, replace
+from launcher.rundir import RunDir
 from launcher.scheduler import scheduler_of
 from launcher.watcher import Watcher
 

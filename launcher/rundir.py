@@ -18,19 +18,19 @@
         events.jsonl              what the guardian saw and did
         report.html               what `launcher report` made of all that
         local/                    of a run of one machine: its daemon's (launcher/local.py)
+      .doctor-<token>/            what `launcher doctor` and its job tell each other, while it runs
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from launcher.files import create_once, read_json
 from launcher.model import KitError, UsageError
 
 
@@ -232,6 +232,56 @@ class RunDir:
 
 
 @dataclass(frozen=True, slots=True)
+class Visit:
+    """Files of one visit of the doctor to the nodes. (``slurm/doctor.sbatch`` knows ``refused``.)"""
+
+    path: Path
+
+    @property
+    def asked(self) -> Path:
+        """What the login node asks, written in place; its ``ping`` comes later."""
+        return self.path / "asked.json"
+
+    @property
+    def arrived(self) -> Path:
+        """The node's first word."""
+        return self.path / "arrived.json"
+
+    @property
+    def pong(self) -> Path:
+        """The node's answer to the ``ping``."""
+        return self.path / "pong.json"
+
+    @property
+    def findings(self) -> Path:
+        """What the node has found."""
+        return self.path / "findings.json"
+
+    @property
+    def refused(self) -> Path:
+        """Why the job script could not start Python, as text: the node, then the reason."""
+        return self.path / "refused"
+
+    @property
+    def log(self) -> Path:
+        """Output of the job."""
+        return self.path / "job.log"
+
+    @property
+    def allreduce(self) -> Path:
+        """Result of the all-reduce between nodes."""
+        return self.path / "allreduce.json"
+
+    def part(self, node_rank: int) -> Path:
+        """What one node of several has found."""
+        return self.path / f"part.{node_rank}.json"
+
+    def ranks(self, node_rank: int) -> Path:
+        """Output of the ranks of one node of several."""
+        return self.path / f"ranks.{node_rank}"
+
+
+@dataclass(frozen=True, slots=True)
 class Outputs:
     """Everything below ``outputs/`` that this kit writes for torchft runs."""
 
@@ -249,6 +299,13 @@ class Outputs:
     @property
     def lighthouses(self) -> Path:
         return self.torchft / "lighthouses"
+
+    def visit(self, token: str) -> Visit:
+        return Visit(self.torchft / f".doctor-{token}")
+
+    def visits(self) -> list[Visit]:
+        """Those under way, and what others have left behind."""
+        return [Visit(path) for path in sorted(self.torchft.glob(".doctor-*")) if path.is_dir()]
 
     def run_of_array(self, array_job_id: int) -> RunDir:
         return RunDir(self.torchft / f"tft-{array_job_id}")
@@ -293,85 +350,3 @@ def node_events(first: Path, node: int) -> Path:
     if node == 0:
         return first
     return first.with_name(f"{first.name.removesuffix('.events.jsonl')}.node-{node}.events.jsonl")
-
-
-def create_once(path: Path, content: str) -> bool:
-    """Create ``path`` whole, or leave the one that is there; True when it was ours.
-
-    Works on NFS, where exclusive creation and writing are two steps: a complete file
-    is linked into place.
-    """
-    temporary = _write_temporary(path, content)
-    try:
-        os.link(temporary, path)
-        return True
-    except FileExistsError:
-        return False
-    finally:
-        os.unlink(temporary)
-
-
-def replace(path: Path, content: str, mode: int = 0o644) -> None:
-    """Write ``path`` whole or not at all."""
-    temporary = _write_temporary(path, content, mode)
-    try:
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def overwrite(path: Path, content: str) -> None:
-    """Write ``path`` in place.
-
-    Network file systems show a change of a file at its next open, and that another file has
-    taken its name perhaps half a minute later. For what others poll; small enough for one write.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-    try:
-        data = content.encode()
-        os.pwrite(handle, data, 0)
-        os.ftruncate(handle, len(data))
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in ``path``; None when there is no such file.
-
-    Raises:
-        KitError: it is there and cannot be read or is not JSON.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise KitError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise KitError(f"{path} is not a JSON object")
-    return value
-
-
-def _write_temporary(path: Path, content: str, mode: int = 0o644) -> str:
-    try:
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(fd, "w", encoding="utf-8") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, mode)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise KitError(f"cannot write {path}: {error.strerror}") from error
-    return temporary

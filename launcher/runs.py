@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher import orders, process
+from launcher.files import read_json
 from launcher.lighthouse import LighthouseDir
 from launcher.model import BlindError, GroupState, KitError, UsageError
 from launcher.opening import SCRIPT_JOB, TORCHTITAN_JOB
-from launcher.rundir import Manifest, Outputs, RunDir, read_json
+from launcher.rundir import Manifest, Outputs, RunDir
 from launcher.slurm import Job, Slurm
 from launcher.supervisor import stop
 from launcher.watcher import Watcher

@@ -30,6 +30,8 @@ class Setting:
     """Whether layers add to each other (the later, stronger one last) instead of replacing."""
 
 
+#: Where lighthouses listen when nobody says.
+DEFAULT_PORTS = "29510-29699"
 _DEFAULTS = {variable.name: variable.default for variable in VARIABLES}
 _HEADER = "the job script's header"
 
@@ -100,7 +102,7 @@ SETTINGS = (
             meaning="address of this machine that the nodes can reach"),
     Setting(key="lighthouse_bind", kind="name", variable="TFT_LIGHTHOUSE_BIND",
             default="lighthouse_host, if private", meaning="address that the lighthouse listens on"),
-    Setting(key="lighthouse_ports", kind="ports", default="29510-29699",
+    Setting(key="lighthouse_ports", kind="ports", default=DEFAULT_PORTS,
             meaning="ports for lighthouses, nine for each"),
     Setting(key="timeouts", kind="timeouts", variable="TFT_TIMEOUTS",
             default=_DEFAULTS["TFT_TIMEOUTS"],

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from launcher import cluster
 from launcher.model import BlindError, KitError
 from launcher.process import Completed, Run, run
 
@@ -66,7 +67,7 @@ class Node:
 
     @property
     def up(self) -> bool:
-        return not re.match(r"down|drain|drng|fail|unk|boot|power|maint", self.state)
+        return cluster.is_up(self.state)
 
     @property
     def responds(self) -> bool:
@@ -173,6 +174,45 @@ class Slurm:
         """Names in a compressed node list such as ``worker-[0-3]``."""
         return self._ok(["scontrol", "show", "hostnames", nodelist]).out.split()
 
+    def config(self) -> dict[str, str]:
+        """The controller's configuration, by Slurm's own names.
+
+        Raises:
+            BlindError: the controller could not be asked, or its answer is not understood.
+        """
+        return cluster.configuration(self._ok(["scontrol", "show", "config"]).out)
+
+    def partitions(self) -> list[cluster.Partition]:
+        """Every partition that this user can see; raises as ``config`` does."""
+        return cluster.partitions(self._ok(["scontrol", "--oneliner", "show", "partition"]).out)
+
+    def resources(self, partition: str) -> list[cluster.Resources]:
+        """What the nodes of ``partition`` have; raises as ``config`` does."""
+        argv = ["sinfo", "--noheader", "--Node", f"--partition={partition}"]
+        return cluster.resources(self._ok([*argv, f"--format={cluster.SINFO}"]).out)
+
+    def associations(self, user: str) -> list[cluster.Association]:
+        """Accounts that ``user`` may charge.
+
+        Raises:
+            BlindError: sacctmgr is not there, or the accounting could not be asked.
+        """
+        argv = ["sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}"]
+        done = self._run([*argv, f"format={cluster.SACCTMGR}"])
+        if done.code != 0:
+            raise _blind(done)
+        return cluster.associations(done.out)
+
+    def would_start(self, flags: Sequence[str], script: str) -> str:
+        """What Slurm says of a submission that is only tried (``sbatch --test-only``).
+
+        Raises:
+            SlurmError: it would refuse the job.
+            BlindError: the controller could not be asked.
+        """
+        done = self._ok(["sbatch", "--test-only", *flags, script])
+        return (done.err or done.out).strip().removeprefix("sbatch: ")
+
     def submit(self, flags: Sequence[str], script: str, arguments: Sequence[str] = ()) -> int:
         """Submit ``script``; returns the job's (or array's) id."""
         done = self._ok(["sbatch", "--parsable", *flags, script, *arguments])
@@ -218,6 +258,21 @@ class Slurm:
     def cancel(self, job: int | str) -> None:
         """End every task of a job, or one task (``<array job>_<index>``)."""
         self._ok(["scancel", str(job) if isinstance(job, int) else _task_name(job)])
+
+    def queued(self, name: str) -> list[int]:
+        """This user's jobs of that name that have not ended.
+
+        Raises:
+            BlindError: the controller could not be asked.
+        """
+        done = self._run(["squeue", "--me", "--noheader", f"--name={name}", "--format=%A"])
+        if done.code != 0:
+            raise _blind(done)
+        return [int(word) for word in done.out.split() if word.isdigit()]
+
+    def cancel_named(self, name: str) -> None:
+        """Cancel this user's jobs of that name; nothing when there is none."""
+        self._ok(["scancel", "--me", f"--name={name}"])
 
     def _ok(self, argv: Sequence[str]) -> Completed:
         done = self._run(argv)

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher import lease
-from launcher.rundir import Manifest, RunDir, overwrite
+from launcher.files import overwrite
+from launcher.rundir import Manifest, RunDir
 
 #: Seconds between two signs of life, and after which one is too old.
 SIGN_EVERY, FRESH = 2.0, 10.0

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launcher.environment import waiting_environment
+from launcher.files import overwrite
 from launcher.payload import complain
 from launcher.plan import Plan
-from launcher.rundir import overwrite
 
 #: Of the folders on a node's own disk; the launcher's process id follows.
 PREFIX = "tft-standby-"

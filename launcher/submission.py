@@ -22,6 +22,7 @@ from typing import IO
 
 from launcher import preflight, process
 from launcher.config import Site
+from launcher.files import replace
 from launcher.interrupts import signals_ignored, stop_on_signals
 from launcher.lighthouse import Address, LighthouseDir, alive, responds
 from launcher.lighthouse_child import PORTS
@@ -29,8 +30,8 @@ from launcher.lock import acquire
 from launcher.model import BlindError, KitError, UsageError
 from launcher.opening import SCRIPT_JOB, TORCHTITAN_JOB, manifest_of
 from launcher.process import port_holder
-from launcher.rundir import Outputs, RunDir, replace
-from launcher.settings import Resolved, ports
+from launcher.rundir import Outputs, RunDir
+from launcher.settings import DEFAULT_PORTS, Resolved, ports
 from launcher.slurm import Slurm
 from launcher.supervisor import start_detached, stop
 
@@ -81,10 +82,6 @@ class Submission:
         ]
         text = Path(self.job[0]).read_text(encoding="utf-8")
         return [*said, "", f"# {self.job[0]}", *text.splitlines()]
-
-
-#: Where lighthouses listen when nobody says.
-DEFAULT_PORTS = "29510-29699"
 
 
 def plan(resolved: Resolved, env: Mapping[str, str]) -> Submission:

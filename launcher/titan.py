@@ -28,9 +28,13 @@ def in_file(settings: Mapping[str, Any], section: str, key: str) -> Any:
     return part.get(key) if isinstance(part, Mapping) else None
 
 
-def switch(settings: Mapping[str, Any], extra: Sequence[str], section: str, key: str) -> bool:
-    """The same of a setting that is on or off: ``--section.key`` and ``--section.no_key``."""
-    on = bool(in_file(settings, section, key))
+def switch(
+    settings: Mapping[str, Any], extra: Sequence[str], section: str, key: str
+) -> bool | None:
+    """The same of a setting that is on or off: ``--section.key`` and ``--section.no_key``; None
+    when neither file nor flags say anything."""
+    told = in_file(settings, section, key)
+    on = None if told is None else bool(told)
     for flag in extra:
         name = flag.replace("-", "_").removeprefix("__")
         if name in (f"{section}.{key}", f"{section}.no_{key}"):

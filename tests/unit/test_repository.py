@@ -32,7 +32,9 @@ ORDER = [
     "config",
     "settings",
     "layers",
+    "files",
     "rundir",
+    "cluster",
     "slurm",
     "local",
     "scheduler",
@@ -109,6 +111,17 @@ ORDER = [
     "hands",
     "stages",
     "demo",
+    "checks",
+    "target",
+    "listener",
+    "doctor_node",
+    "doctor_job",
+    "surroundings",
+    "checks_here",
+    "checks_slurm",
+    "checks_training",
+    "checks_node",
+    "doctor",
     "drills",
     "inject",
     "drill_verdict",
@@ -121,6 +134,7 @@ ORDER = [
     "local_cli",
     "drill_cli",
     "submit_cli",
+    "doctor_cli",
     "cli",
     "__main__",
 ]
@@ -184,7 +198,10 @@ def test_no_module_is_long() -> None:
         assert len(path.read_text().splitlines()) <= 400, path.name
 
 
-@pytest.mark.parametrize("command", [["--help"], ["lighthouse", "status"], ["monitor", "--once"]])
+@pytest.mark.parametrize(
+    "command",
+    [["--help"], ["lighthouse", "status"], ["monitor", "--once"], ["doctor", "--no-job"]],
+)
 def test_the_launchers_commands_never_import_torch(command: list[str], tmp_path: Path) -> None:
     code = (
         "import sys\nfrom launcher.cli import main\n"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.files import create_once, read_json
 from launcher.model import KitError, UsageError
-from launcher.rundir import Manifest, Outputs, create_once, read_json
+from launcher.rundir import Manifest, Outputs
 
 MANIFEST = Manifest(run="tft-7", array_job_id=7, group_size=4, ranks_per_group=8, config="c.toml")
 
