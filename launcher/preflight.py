@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import timeouts
+from launcher import shards, timeouts
 from launcher.config import Site
+from launcher.datafiles import PATTERNS, data_files
 from launcher.model import UsageError
 
 #: Any one of these makes a folder a tokenizer to torchtitan.
@@ -38,8 +39,10 @@ def check(site: Site) -> Training:
     tokenizer = setting(settings, site.extra_args, "model", "hf_assets_path")
     if tokenizer is not None:
         _check_tokenizer(Path(str(tokenizer)), site.config)
-    if setting(settings, site.extra_args, "training", "dataset") == "jsonl":
-        _check_data(setting(settings, site.extra_args, "training", "dataset_path"), site.config)
+    for section in ("training", "validation"):
+        if setting(settings, site.extra_args, section, "dataset") == "jsonl":
+            path = setting(settings, site.extra_args, section, "dataset_path")
+            _check_data(path, f"{section}.dataset_path of {site.config}")
     _check_timeouts(settings, site)
     steps = setting(settings, site.extra_args, "training", "steps")
     return Training(settings=settings, steps=_whole(steps, "training.steps"))
@@ -98,15 +101,19 @@ def _check_tokenizer(folder: Path, config: Path) -> None:
     )
 
 
-def _check_data(path: Any, config: Path) -> None:
+def _check_data(path: Any, name: str) -> None:
     if not path:
-        raise UsageError(f"{config}: training.dataset 'jsonl' needs training.dataset_path")
+        raise UsageError(f"dataset 'jsonl' needs a {name}")
     place = Path(str(path))
-    if place.is_file() or any(place.glob("*.jsonl")):
+    if shards.is_shard_folder(place):
+        if problems := shards.unusable(place):
+            raise UsageError(f"{name}: {'; '.join(problems)}")
+        return
+    if data_files(str(path)):
         return
     raise UsageError(
-        f"no *.jsonl in {place} (training.dataset_path of {config}): "
-        "run `python -m launcher assets --debug` for the debug corpus, or mend the path"
+        f"no {', '.join(PATTERNS)} in {place} ({name}): run `python -m launcher assets --debug` for "
+        "the debug corpus, `python -m launcher assets --dataset c4 --shards N` for c4, or mend the path"
     )
 
 

@@ -17,10 +17,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
+from launcher.datafiles import MANIFEST
 from launcher.model import BlindError, KitError
 from launcher.rundir import read_json, replace
 
-MANIFEST = "shards.json"
 PLAN = "wanted.json"
 
 
@@ -124,18 +124,29 @@ def verify(folder: Path, deep: bool = False) -> list[str]:
         KitError: a list of shards cannot be read.
         BlindError: a file cannot be looked at.
     """
-    whole, wanted = read(folder / MANIFEST), read(folder / PLAN)
-    if whole is None and wanted is None:
-        return [f"{folder} has no {MANIFEST}: fetch the dataset, or mend the path"]
-    found: list[str] = []
-    if wanted is not None:
-        there = sum(size_of(folder / shard.file) == shard.size for shard in wanted.shards)
-        found.append(
-            f"{folder} is half fetched ({there} of {len(wanted.shards)} shards are whole): "
-            f"`python -m launcher assets --dataset {wanted.dataset}` goes on"
-        )
+    wanted = read(folder / PLAN)
+    if wanted is None:
+        return unusable(folder, deep)
+    there = sum(size_of(folder / shard.file) == shard.size for shard in wanted.shards)
+    unfinished = (
+        f"{folder} is half fetched ({there} of {len(wanted.shards)} shards are whole): "
+        f"`python -m launcher assets --dataset {wanted.dataset}` goes on"
+    )
+    if read(folder / MANIFEST) is None:
+        return [unfinished]
+    return [unfinished, *unusable(folder, deep)]
+
+
+def unusable(folder: Path, deep: bool = False) -> list[str]:
+    """What keeps training from reading the set in ``folder``: as ``verify``, but a set may well
+    be in the course of being made larger.
+
+    Raises:
+        KitError, BlindError: as ``verify``.
+    """
+    whole = read(folder / MANIFEST)
     if whole is None:
-        return found
+        return verify(folder) if (folder / PLAN).is_file() else [f"{folder} has no {MANIFEST}"]
     wrong, damaged = [], []
     for shard in whole.shards:
         path = folder / shard.file
@@ -146,15 +157,16 @@ def verify(folder: Path, deep: bool = False) -> list[str]:
             wrong.append(f"{shard.file} has {size} of {shard.size} bytes")
         elif deep and sha256(path) != shard.sha256:
             damaged.append(shard.file)
+    again = f"`python -m launcher assets --dataset {whole.dataset}`"
+    found = []
     if wrong:
         found.append(
-            f"{folder} is not whole: {_some(wrong)}: run "
-            f"`python -m launcher assets --dataset {whole.dataset}`, or mend the path if it was moved"
+            f"{folder} is not whole: {_some(wrong)}: run {again}, or mend the path if it was moved"
         )
     if damaged:
         found.append(
             f"{folder} is damaged: {_some(damaged)} not as on the hub (sha256): delete what is "
-            f"damaged, then run `python -m launcher assets --dataset {whole.dataset}`"
+            f"damaged, then run {again}"
         )
     return found
 
