@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import corpus, shards
+from launcher.datafiles import MANIFEST
 from launcher.download import SOURCES, fetch, megabytes
 from launcher.hub import Hub, HuggingFace, explained
 from launcher.model import BlindError, KitError, UsageError
@@ -188,7 +189,7 @@ def report(outputs: Path, deep: bool, say: Callable[[str], None]) -> None:
 
 def _check(place: Path, deep: bool) -> Checked | None:
     if shards.is_shard_folder(place):
-        known = shards.read(place / shards.MANIFEST) or shards.read(place / shards.PLAN)
+        known = shards.read(place / MANIFEST) or shards.read(place / shards.PLAN)
         what = (
             f"{known.dataset}: {len(known.shards)} shards, {megabytes(known.size)}"
             if known is not None

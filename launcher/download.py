@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import IO
 
 from launcher import lock
+from launcher.datafiles import MANIFEST
 from launcher.hub import Hub
 from launcher.model import KitError, UsageError
-from launcher.shards import MANIFEST, PLAN, Shard, ShardSet, read, sha256, size_of
+from launcher.shards import PLAN, Shard, ShardSet, read, sha256, size_of
 
 #: Files that are fetched at the same time.
 STREAMS = 4

@@ -32,7 +32,7 @@ def _registered() -> Iterator[None]:
 
     data.register()
     yield
-    text_datasets.HuggingFaceTextDataset = upstream  # type: ignore[misc]
+    text_datasets.HuggingFaceTextDataset = upstream
 
 
 @pytest.fixture
@@ -201,10 +201,10 @@ def test_a_damaged_file_is_named(folder: Path, content: bytes, says: str) -> Non
 def test_files_that_cannot_be_split_evenly_are_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launcher.train import data
+    from torchtitan.tools.logging import logger
 
     said: list[str] = []
-    monkeypatch.setattr(data.logger, "warning", said.append)
+    monkeypatch.setattr(logger, "warning", said.append)
     write(folder, 3)
     loader(folder, 0, 3)
     loader(folder, 1, 2)

@@ -18,6 +18,7 @@ import pytest
 
 from launcher import download, shards
 from launcher import hub as hub_module
+from launcher.datafiles import MANIFEST
 from launcher.download import Source, fetch, part_of
 from launcher.hub import HuggingFace
 from launcher.model import KitError, UsageError
@@ -78,7 +79,7 @@ def interrupted(hub: FakeHub, place: Path, after: int) -> None:
 def test_shards_come_whole_with_a_list_of_them(hub: FakeHub, place: Path) -> None:
     said = get(hub, place)
     assert content(hub, place) == [True] * 3
-    listed = json.loads((place / shards.MANIFEST).read_text())
+    listed = json.loads((place / MANIFEST).read_text())
     assert (listed["dataset"], listed["repository"], listed["commit"]) == (
         "c4", "allenai/c4", COMMIT,
     )  # fmt: skip
@@ -99,7 +100,7 @@ def test_nothing_is_fetched_twice_and_more_is_added(hub: FakeHub, place: Path) -
     get(hub, place, count=2, first=3)
     assert content(hub, place) == [True] * 5
     assert all(hub.served[name] == len(hub.files[name]) for name in NAMES)
-    whole = shards.read(place / shards.MANIFEST)
+    whole = shards.read(place / MANIFEST)
     assert whole is not None
     assert [shard.name for shard in whole.shards] == NAMES
 
@@ -138,7 +139,7 @@ def test_what_comes_damaged_twice_never_gets_its_name(hub: FakeHub, place: Path)
         get(hub, place)
     assert all(content(hub, place))
     assert not (place / Path(NAMES[1]).name).exists()
-    assert not (place / shards.MANIFEST).exists()
+    assert not (place / MANIFEST).exists()
     get(hub, place, count=None)
     assert content(hub, place) == [True] * 3
 
@@ -188,7 +189,7 @@ def test_a_longer_plan_that_was_given_up_is_no_part_of_a_shorter_one(
     with pytest.raises(KitError):
         get(hub, place, count=5)
     get(hub, place, count=2)
-    whole = shards.read(place / shards.MANIFEST)
+    whole = shards.read(place / MANIFEST)
     assert whole is not None
     assert [shard.name for shard in whole.shards] == NAMES[:2]
     assert shards.verify(place, deep=True) == []
@@ -197,11 +198,11 @@ def test_a_longer_plan_that_was_given_up_is_no_part_of_a_shorter_one(
 def test_while_more_is_fetched_the_set_stays_as_it_was(hub: FakeHub, place: Path) -> None:
     """A group that starts again meanwhile must read the same files as its peers."""
     get(hub, place, count=2)
-    before = (place / shards.MANIFEST).read_bytes()
+    before = (place / MANIFEST).read_bytes()
     hub.changed[NAMES[3]] = 2
     with pytest.raises(KitError):
         get(hub, place, count=5)
-    assert (place / shards.MANIFEST).read_bytes() == before
+    assert (place / MANIFEST).read_bytes() == before
     (problem,) = shards.verify(place)
     assert "of 5 shards are whole" in problem
 

@@ -9,8 +9,9 @@ import pytest
 
 from launcher import preflight
 from launcher.config import Site
+from launcher.datafiles import MANIFEST
 from launcher.model import UsageError
-from launcher.shards import MANIFEST, PLAN, Shard, ShardSet
+from launcher.shards import PLAN, Shard, ShardSet
 
 CONFIG = """
 [training]
