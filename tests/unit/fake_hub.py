@@ -31,7 +31,9 @@ class FakeHub(ThreadingHTTPServer):
         self.asked: list[tuple[str, str]] = []
         """(path, Range) of every request."""
         self.tokens: set[str | None] = set()
-        """What came as Authorization."""
+        """What came as Authorization, except to the store."""
+        self.store_tokens: set[str | None] = set()
+        """What came as Authorization to the store, which must not learn a token."""
         self.cut: dict[str, int] = {}
         """Where the next answer with a file ends, without a word, after that many bytes."""
         self.hold: dict[str, int] = {}
@@ -67,7 +69,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub, parts = self.server, urlsplit(self.path)
         hub.asked.append((parts.path, self.headers.get("Range", "")))
-        hub.tokens.add(self.headers.get("Authorization"))
+        tokens = hub.store_tokens if parts.path.startswith("/store/") else hub.tokens
+        tokens.add(self.headers.get("Authorization"))
         tree = f"/api/datasets/{REPOSITORY}/tree/{COMMIT}/"
         file = f"/datasets/{REPOSITORY}/resolve/{COMMIT}/"
         if hub.refusal:
@@ -77,8 +80,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif parts.path.startswith(tree):
             self._page(hub.tree(parts.path.removeprefix(tree)), parts.path, parts.query)
         elif parts.path.startswith(file) and parts.path.removeprefix(file) in hub.files:
-            self.send_response(302)  # as the real one: to a store, by a signed address
-            self.send_header("Location", f"/store/{parts.path.removeprefix(file)}?Signature=s3cret")
+            self.send_response(302)  # as the real one: to a store elsewhere, by a signed address
+            store = f"http://localhost:{hub.server_address[1]}/store"
+            name = parts.path.removeprefix(file)
+            self.send_header("Location", f"{store}/{name}?Signature=s3cret")
             self.send_header("Content-Length", "0")
             self.end_headers()
         elif parts.path.startswith("/store/"):

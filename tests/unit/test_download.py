@@ -270,6 +270,15 @@ def test_a_refusal_is_one_line_without_the_token(
     assert "\n" not in str(caught.value)
 
 
+def test_the_token_goes_to_the_hub_and_not_to_where_it_keeps_the_files(
+    hub: FakeHub, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert not any(TOKEN in line or "s3cret" in line for line in get(hub, place))
+    assert (hub.tokens, hub.store_tokens) == ({f"Bearer {TOKEN}"}, {None})
+    assert TOKEN not in (place / MANIFEST).read_text()
+
+
 def test_no_hub_is_one_line(place: Path) -> None:
     with pytest.raises(KitError, match="is this machine offline") as caught:
         fetch(SOURCE, place, HuggingFace("http://127.0.0.1:9"), count=1)
