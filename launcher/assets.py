@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher import corpus, shards
 from launcher.datafiles import MANIFEST
-from launcher.download import SOURCES, fetch, megabytes
+from launcher.download import SOURCES, fetch
 from launcher.hub import Hub, HuggingFace, explained
 from launcher.model import BlindError, KitError, UsageError
 
@@ -97,7 +97,7 @@ def dataset(
             f"interrupted: what has come is kept; `python -m launcher assets --dataset {name}` goes on"
         )
         raise SystemExit(INTERRUPTED) from None
-    say(f"{name}: {len(fetched.shards)} shards, {megabytes(fetched.size)}: {place}")
+    say(f"{fetched.summary}: {place}")
     section = "validation" if "validation" in name else "training"
     say(f"to use them: --{section}.dataset jsonl --{section}.dataset_path {place}")
 
@@ -144,12 +144,12 @@ def check(outputs: Path, deep: bool = False) -> list[Checked]:
     """
     place = folder(outputs)
     try:
+        if not place.exists():
+            return []
         found = sorted(path for path in place.iterdir() if path.is_dir())
-    except FileNotFoundError:
-        return []
+        return [checked for path in found if (checked := _check(path, deep)) is not None]
     except OSError as error:
-        raise BlindError(f"{place} cannot be looked at: {error.strerror}") from error
-    return [checked for path in found if (checked := _check(path, deep)) is not None]
+        raise BlindError(f"{place} cannot be looked at: {error}") from error
 
 
 def problems(outputs: Path, deep: bool = False) -> list[str]:
@@ -190,11 +190,7 @@ def report(outputs: Path, deep: bool, say: Callable[[str], None]) -> None:
 def _check(place: Path, deep: bool) -> Checked | None:
     if shards.is_shard_folder(place):
         known = shards.read(place / MANIFEST) or shards.read(place / shards.PLAN)
-        what = (
-            f"{known.dataset}: {len(known.shards)} shards, {megabytes(known.size)}"
-            if known is not None
-            else "shards"
-        )
+        what = "shards" if known is None else known.summary
         return Checked(place=place, what=what, problems=tuple(shards.verify(place, deep)))
     if (place / "corpus").is_dir() or place.name == "debug":
         return Checked(

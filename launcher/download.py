@@ -16,7 +16,7 @@ from launcher import lock
 from launcher.datafiles import MANIFEST
 from launcher.hub import Hub
 from launcher.model import KitError, UsageError
-from launcher.shards import PLAN, Shard, ShardSet, read, sha256, size_of
+from launcher.shards import PLAN, Shard, ShardSet, megabytes, read, sha256, size_of
 
 #: Files that are fetched at the same time.
 STREAMS = 4
@@ -114,10 +114,6 @@ def fetch(
         wanted.write(folder / MANIFEST)
         (folder / PLAN).unlink(missing_ok=True)
     return wanted
-
-
-def megabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def part_of(path: Path) -> Path:

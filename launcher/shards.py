@@ -56,8 +56,18 @@ class ShardSet:
     def size(self) -> int:
         return sum(shard.size for shard in self.shards)
 
+    @property
+    def summary(self) -> str:
+        many = "shard" if len(self.shards) == 1 else "shards"
+        return f"{self.dataset}: {len(self.shards)} {many}, {megabytes(self.size)}"
+
     def write(self, path: Path) -> None:
         replace(path, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def megabytes(size: int) -> str:
+    """Bytes as they are told to people."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def read(path: Path) -> ShardSet | None:

@@ -125,7 +125,7 @@ class TestCheck:
         place = outputs / "assets"
         assert self.say(outputs) == [
             f"ok      {place}/Llama-3.1-8B  tokenizer",
-            f"ok      {place}/c4            c4: 1 shards, 0.0 MB",
+            f"ok      {place}/c4            c4: 1 shard, 0.0 MB",
             f"ok      {place}/debug         debug corpus and tokenizer",
         ]
 
