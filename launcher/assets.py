@@ -1,15 +1,34 @@
-"""What training needs besides code: the model's tokenizer, or the debug corpus."""
+"""What training needs besides code: the model's tokenizer, dataset shards, the debug corpus."""
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import corpus
-from launcher.model import KitError, UsageError
+from launcher import corpus, shards
+from launcher.datafiles import MANIFEST
+from launcher.download import SOURCES, fetch
+from launcher.hub import Hub, HuggingFace, explained
+from launcher.model import BlindError, KitError, UsageError
 
 REPOSITORY = "meta-llama/Llama-3.1-8B"
 #: The tokenizer's files in that repository (not the weights: pretraining makes those).
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+#: Exit code of a download that was interrupted: 128 + SIGINT.
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """One asset that was looked at."""
+
+    place: Path
+    what: str
+    problems: tuple[str, ...]
+    """What is wrong and what to do about it; none: it is whole."""
 
 
 def folder(outputs: Path) -> Path:
@@ -34,46 +53,188 @@ def tokenizer(outputs: Path, repository: str = REPOSITORY) -> Path:
         UsageError: no token, or no access to a gated repository.
         KitError: the hub cannot be reached, or the download broke off.
     """
-    from huggingface_hub import errors, get_token, snapshot_download
+    from huggingface_hub import snapshot_download
 
     place = folder(outputs) / repository.rsplit("/", 1)[-1]
-    page = f"https://huggingface.co/{repository}"
-    try:
+    with explained(repository, kind="", by_hand=f", or copy {FILES[0]} into {place}"):
         snapshot_download(repository, allow_patterns=list(FILES), local_dir=place)
-    except errors.GatedRepoError as error:
-        if get_token() is None:
-            raise UsageError(
-                f"{repository} is gated and there is no token: run `hf auth login`, or set HF_TOKEN, "
-                f"after accepting the licence at {page}"
-            ) from error
-        raise UsageError(
-            f"{repository} is gated and your token has no access: accept the licence at {page} "
-            "with the account of that token, and wait for the approval"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        hint = "" if get_token() else " (or it is private and there is no token: `hf auth login`)"
-        raise UsageError(f"the hub has no repository {repository}{hint}") from error
-    except errors.HfHubHTTPError as error:
-        raise KitError(f"the hub refused {repository}: {_first_line(error)}") from error
-    except (errors.LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise _unreachable(repository, place, error) from error
-    except Exception as error:
-        # The HTTP library below the hub's own raises exceptions of its own kind.
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
-            raise
-        raise _unreachable(repository, place, error) from error
     if not (place / FILES[0]).is_file():
         raise KitError(f"{repository} was fetched, but has no {FILES[0]}: is it a Llama 3 model?")
     return place
 
 
-def _unreachable(repository: str, place: Path, error: BaseException) -> KitError:
-    return KitError(
-        f"{repository} could not be fetched ({_first_line(error)}): is this machine offline? Run "
-        f"this where the hub can be reached, or copy {FILES[0]} into {place}"
-    )
+def dataset(
+    outputs: Path,
+    name: str,
+    count: int | None,
+    first: int,
+    say: Callable[[str], None],
+    hub: Hub | None = None,
+) -> None:
+    """Fetch ``count`` shards of a dataset from number ``first`` on (``count`` None: complete what
+    was begun), and say how to train from them.
+
+    Raises:
+        UsageError: there is no such dataset or shard, or too little space.
+        KitError: see ``download.fetch``.
+        SystemExit: it was interrupted; the same command goes on.
+    """
+    source = SOURCES.get(name)
+    if source is None:
+        raise UsageError(f"--dataset {name} is not known here: there are {', '.join(SOURCES)}")
+    place = folder(outputs) / name
+    try:
+        if sys.stdout.isatty():
+            with _Bar() as bar:
+                fetched = fetch(
+                    source, place, hub or HuggingFace(), count=count, first=first,
+                    say=bar.say, tick=bar.tick,
+                )  # fmt: skip
+        else:
+            fetched = fetch(source, place, hub or HuggingFace(), count=count, first=first, say=say)
+    except KeyboardInterrupt:
+        say(
+            f"interrupted: what has come is kept; `python -m launcher assets --dataset {name}` goes on"
+        )
+        raise SystemExit(INTERRUPTED) from None
+    say(f"{fetched.summary}: {place}")
+    section = "validation" if "validation" in name else "training"
+    say(f"to use them: --{section}.dataset jsonl --{section}.dataset_path {place}")
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+class _Bar:
+    """Progress on a terminal: a bar that stays below the lines of what is done."""
+
+    def __init__(self) -> None:
+        from rich import progress
+
+        self._progress = progress.Progress(
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+            transient=True,
+        )
+        self._task: progress.TaskID | None = None
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, line: str) -> None:
+        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def tick(self, done: int, total: int) -> None:
+        if self._task is None:
+            self._task = self._progress.add_task("", total=total, completed=done)
+        self._progress.update(self._task, completed=done)
+
+
+def check(outputs: Path, deep: bool = False) -> list[Checked]:
+    """Look at everything that lies under ``outputs/assets``.
+
+    Sizes, and whether JSON is JSON; ``deep`` reads the dataset's files too.
+
+    Raises:
+        KitError: a list of shards cannot be read.
+        BlindError: a file cannot be looked at.
+    """
+    place = folder(outputs)
+    try:
+        if not place.exists():
+            return []
+        found = sorted(path for path in place.iterdir() if path.is_dir())
+        return [checked for path in found if (checked := _check(path, deep)) is not None]
+    except OSError as error:
+        raise BlindError(f"{place} cannot be looked at: {error}") from error
+
+
+def problems(outputs: Path, deep: bool = False) -> list[str]:
+    """What is wrong with the assets, one line each, with what to do; none: all that is there
+    is whole, and something is there.
+
+    Raises:
+        KitError, BlindError: as ``check``.
+    """
+    found = check(outputs, deep)
+    if not found:
+        nothing = f"no tokenizer and no data under {folder(outputs)}"
+        return [
+            f"{nothing}: run `python -m launcher assets` (or, with --debug, for a debug corpus)"
+        ]
+    return [problem for checked in found for problem in checked.problems]
+
+
+def report(outputs: Path, deep: bool, say: Callable[[str], None]) -> None:
+    """Say what is there and what is wrong with it.
+
+    Raises:
+        KitError: something is wrong, or nothing is there.
+    """
+    found = check(outputs, deep)
+    width = max((len(str(checked.place)) for checked in found), default=0)
+    for checked in found:
+        verdict = "FAILED" if checked.problems else "ok"
+        say(f"{verdict:<7} {checked.place!s:<{width}}  {checked.what}")
+        for problem in checked.problems:
+            say(f"        {problem}")
+    if not found:
+        raise KitError(problems(outputs, deep)[0])
+    if failed := [str(checked.place) for checked in found if checked.problems]:
+        raise KitError(f"not whole: {', '.join(failed)}")
+
+
+def _check(place: Path, deep: bool) -> Checked | None:
+    if shards.is_shard_folder(place):
+        known = shards.read(place / MANIFEST) or shards.read(place / shards.PLAN)
+        what = "shards" if known is None else known.summary
+        return Checked(place=place, what=what, problems=tuple(shards.verify(place, deep)))
+    if (place / "corpus").is_dir() or place.name == "debug":
+        return Checked(
+            place=place,
+            what="debug corpus and tokenizer",
+            problems=tuple(_check_debug(place, deep)),
+        )
+    if any((place / name).exists() for name in (*FILES, ".cache")):
+        remedy = f"delete {place}, then run `python -m launcher assets`"
+        found = [
+            problem
+            for name in FILES
+            if name == FILES[0] or (place / name).exists()
+            if (problem := _not_json(place / name, remedy))
+        ]
+        return Checked(place=place, what="tokenizer", problems=tuple(found))
+    return None
+
+
+def _check_debug(place: Path, deep: bool) -> list[str]:
+    remedy = f"delete {place}, then run `python -m launcher assets --debug`"
+    found = [_not_json(place / "tokenizer" / FILES[0], remedy)]
+    text = place / "corpus" / "train.jsonl"
+    size = shards.size_of(text)
+    if size < corpus.CORPUS_CHARACTERS // 10:
+        state = "is missing" if size < 0 else f"has {size} bytes only"
+        found.append(f"{text} {state}: {remedy}")
+    elif deep:
+        try:
+            for line in text.read_text(encoding="utf-8").splitlines():
+                json.loads(line)
+        except ValueError:
+            found.append(f"{text} is damaged: {remedy}")
+    return [problem for problem in found if problem]
+
+
+def _not_json(path: Path, remedy: str) -> str:
+    """What is wrong with a file of JSON; empty: nothing."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{path} is missing: {remedy}"
+    except OSError as error:
+        raise BlindError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError:
+        return f"{path} is cut short or damaged: {remedy}"
+    return ""

@@ -46,11 +46,41 @@ def assets(
     debug: Annotated[
         bool, typer.Option("--debug", help="Build the CPU debug corpus and tokenizer instead.")
     ] = False,
+    dataset: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Fetch shards of a dataset instead: c4, c4_validation."),
+    ] = "",
+    shards: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="How many; default: complete what was begun."),
+    ] = None,
+    first: Annotated[
+        int, typer.Option(metavar="K", min=0, help="Number of the first of them.")
+    ] = 0,
+    check: Annotated[
+        bool, typer.Option("--check", help="Look at what was fetched: is it there, and whole?")
+    ] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="With --check: read everything, compare hashes.")
+    ] = False,
 ) -> None:
-    """Download the tokenizer of Llama 3.1 8B (HF_TOKEN or `hf auth login`)."""
+    """Download the tokenizer of Llama 3.1 8B (HF_TOKEN or `hf auth login`), or shards of a dataset."""
     from launcher import assets
+    from launcher.interrupts import stop_on_signals
+    from launcher.model import UsageError
 
-    if debug:
+    if sum((debug, bool(dataset), check)) > 1:
+        raise UsageError("--debug, --dataset and --check are three different things: ask for one")
+    if (shards is not None or first) and not (dataset and shards is not None):
+        raise UsageError("--first and --shards go together, and with --dataset")
+    if deep and not check:
+        raise UsageError("--deep needs --check")
+    if check:
+        assets.report(OUTPUTS, deep, say)
+    elif dataset:
+        with stop_on_signals():
+            assets.dataset(OUTPUTS, dataset, shards, first, say)
+    elif debug:
         place, built = assets.debug(OUTPUTS)
         say(f"debug corpus and tokenizer {'built' if built else 'are there'}: {place}")
     else:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import gpus, methods, timeouts
+from launcher import gpus, methods, shards, timeouts
 from launcher.batches import Batches, Layout, batches
 from launcher.config import Site
+from launcher.datafiles import PATTERNS, data_files
 from launcher.methods import HSDP, Learning, Method, Schedule
 from launcher.model import UsageError
 from launcher.titan import setting, switch
@@ -104,8 +105,10 @@ def check_assets(settings: dict[str, Any], extra: Sequence[str], config: Path) -
     tokenizer = setting(settings, extra, "model", "hf_assets_path")
     if tokenizer is not None:
         _check_tokenizer(Path(str(tokenizer)), config)
-    if setting(settings, extra, "training", "dataset") == "jsonl":
-        _check_data(setting(settings, extra, "training", "dataset_path"), config)
+    for section in ("training", "validation"):
+        if setting(settings, extra, section, "dataset") == "jsonl":
+            path = setting(settings, extra, section, "dataset_path")
+            _check_data(path, f"{section}.dataset_path of {config}")
 
 
 def _learning(
@@ -191,15 +194,19 @@ def _check_tokenizer(folder: Path, config: Path) -> None:
     )
 
 
-def _check_data(path: Any, config: Path) -> None:
+def _check_data(path: Any, name: str) -> None:
     if not path:
-        raise UsageError(f"{config}: training.dataset 'jsonl' needs training.dataset_path")
+        raise UsageError(f"dataset 'jsonl' needs a {name}")
     place = Path(str(path))
-    if place.is_file() or any(place.glob("*.jsonl")):
+    if shards.is_shard_folder(place):
+        if problems := shards.unusable(place):
+            raise UsageError(f"{name}: {'; '.join(problems)}")
+        return
+    if data_files(str(path)):
         return
     raise UsageError(
-        f"no *.jsonl in {place} (training.dataset_path of {config}): "
-        "run `python -m launcher assets --debug` for the debug corpus, or mend the path"
+        f"no {', '.join(PATTERNS)} in {place} ({name}): run `python -m launcher assets --debug` for "
+        "the debug corpus, `python -m launcher assets --dataset c4 --shards N` for c4, or mend the path"
     )
 
 
