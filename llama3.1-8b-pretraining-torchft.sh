@@ -29,11 +29,13 @@
 #SBATCH --cpus-per-task=128
 #SBATCH --exclusive
 #SBATCH --requeue
+#SBATCH --signal=B:USR2@120
 #SBATCH --open-mode=append
 #SBATCH --output=outputs/torchft/.slurm/tft-%A_%a.out
 #SBATCH --error=outputs/torchft/.slurm/tft-%A_%a.err
 
 set -euo pipefail
+trap '' USR2 # of a time limit that is near: the launcher's
 
 : "${SLURM_SUBMIT_DIR:?submit this script with sbatch from the root of the repository}"
 cd "$SLURM_SUBMIT_DIR"

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field, replace
 
 from launcher.events import Event, Source
-from launcher.restarts import UNFIT, Next
+from launcher.restarts import TIME_IS_UP, UNFIT, Next
 
 #: Seconds before a loss in which a sign counts as a sign of it.
 SIGN_WINDOW = 180.0
@@ -202,6 +202,8 @@ def _exit_sign(event: Event, reason: str) -> Sign:
         return _sign(event, 2, Cause.UNKNOWN, reason)
     if reason.startswith(("hung: ", "stopped: ", "stuck: ")):  # the guardian's words
         return _sign(event, 6, Cause.HANG, reason.partition(": ")[2])
+    if reason.startswith(TIME_IS_UP):
+        return _sign(event, 8, Cause.TIME_LIMIT, reason)
     if reason.startswith(UNFIT):
         return _sign(event, 8, Cause.UNFIT_NODE, reason.removeprefix(UNFIT))
     if _NO_MEMORY.search(reason):

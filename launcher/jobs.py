@@ -24,7 +24,8 @@ from submitit.core.utils import JobPaths, UncompletedJobError
 from launcher import layers, runs, submission
 from launcher.model import KitError, UsageError
 from launcher.rundir import Manifest, Outputs, RunDir
-from launcher.slurm import FINAL_STATES, Slurm
+from launcher.scheduler import LOCAL, SLURM, Scheduler, scheduler_of
+from launcher.slurm import FINAL_STATES
 
 #: Seconds between two questions to Slurm.
 ASK_EVERY = 2.0
@@ -76,7 +77,7 @@ def outcome(events: Path, replica: int) -> Outcome | None:
 class GroupWatcher(InfoWatcher):
     """Slurm's word on all tasks of one run, asked for once for all its jobs."""
 
-    def __init__(self, run: RunDir, slurm: Slurm) -> None:
+    def __init__(self, run: RunDir, slurm: Scheduler) -> None:
         super().__init__()
         self._run = run
         self._slurm = slurm
@@ -140,7 +141,7 @@ class _GroupPaths(JobPaths):
 class GroupJob(submitit.Job[Outcome]):
     """The array task of one replica group, for as long as the run has it."""
 
-    def __init__(self, run: RunDir, slurm: Slurm, watcher: GroupWatcher, name: str) -> None:
+    def __init__(self, run: RunDir, slurm: Scheduler, watcher: GroupWatcher, name: str) -> None:
         self.watcher = watcher
         super().__init__(run.path, name)
         self._slurm, self._run = slurm, run
@@ -183,7 +184,7 @@ class GroupJob(submitit.Job[Outcome]):
 class Run:
     """A run that was submitted."""
 
-    def __init__(self, path: RunDir, slurm: Slurm) -> None:
+    def __init__(self, path: RunDir, slurm: Scheduler) -> None:
         self.path = path.path
         self._run, self._slurm = path, slurm
         self._watcher = GroupWatcher(path, slurm)
@@ -258,7 +259,7 @@ def submit(
         replicas: replica groups.
         profile: cluster profile.
         flags: torchtitan's flags.
-        cluster: ``"slurm"``.
+        cluster: ``"slurm"``, or ``"local"``: processes of this machine, without Slurm.
         env: environment of the tasks; None: this process's.
         settings: any other key of ``docs/settings.md``.
 
@@ -266,8 +267,8 @@ def submit(
         UsageError: bad settings; nothing was submitted.
         KitError: a step failed; what was done before is undone.
     """
-    if cluster != "slurm":
-        raise UsageError(f"cluster must be 'slurm', not {cluster!r}")
+    if cluster not in (SLURM, LOCAL):
+        raise UsageError(f"cluster must be {SLURM!r} or {LOCAL!r}, not {cluster!r}")
     env = dict(os.environ if env is None else env)
     said = {"replicas": replicas, "flags": list(flags), **settings}
     run_file = None
@@ -276,7 +277,9 @@ def submit(
     elif config is not None:
         said["config"] = str(config)
     plan = submission.plan(layers.resolve(said, env, run_file=run_file, profile=profile), env)
-    return Run(submission.submit(plan, env, say=lambda line: None), Slurm())
+    start = submission.submit_local if cluster == LOCAL else submission.submit
+    run = start(plan, env, say=lambda line: None)
+    return Run(run, scheduler_of(run))
 
 
 def find(name: str | None = None, outputs: str | Path = "outputs") -> Run:
@@ -285,4 +288,5 @@ def find(name: str | None = None, outputs: str | Path = "outputs") -> Run:
     Raises:
         UsageError: there is none.
     """
-    return Run(Outputs(Path(outputs).absolute()).find(name), Slurm())
+    run = Outputs(Path(outputs).absolute()).find(name)
+    return Run(run, scheduler_of(run))

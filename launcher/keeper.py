@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import subprocess
 import threading
 import time
@@ -31,7 +32,7 @@ from launcher.orders import Order, OrderReader
 from launcher.payload import Payload, complain, node_of, say, why
 from launcher.plan import Ended, Plan
 from launcher.relay import Relay
-from launcher.restarts import UNFIT, Decision, Ending, Next, decide
+from launcher.restarts import TIME_IS_UP, UNFIT, Decision, Ending, Next, decide
 from launcher.scheduler import Scheduler
 from launcher.standby import Standby, Warm
 
@@ -68,7 +69,7 @@ class Keeper:
         """Sets of ranks that have waited so far, for a group or for the next start of this one."""
         self._warm = Warm(plan)
         self._must_end = ""
-        self._leaving = False
+        self._departure = leaving.Departure()
         self._payload: Payload | None = None
         self._port = 0
         self._started = 0.0
@@ -85,6 +86,8 @@ class Keeper:
             KitError: the group cannot be started at all.
         """
         run, manifest = self._plan.run, self._plan.manifest
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for ranks, when there are any
+        signal.signal(signal.SIGUSR2, lambda number, frame: self._departure.note_time())
         with Relay(self._lighthouse, silence=SILENCE) as relay, contextlib.ExitStack() as stack:
             self._port = relay.port
             stack.callback(self._warm.end)
@@ -100,6 +103,8 @@ class Keeper:
                 if run.finished.exists():
                     return self._end_with_the_run()
                 decision = self._decide(ended)
+                if self._departure.time_is_up:
+                    decision = Decision(next=Next.ELSEWHERE, why=TIME_IS_UP)
                 self._note("exit", code=ended.code, reason=ended.reason, trained=ended.trained,
                            next=decision.next.value, why=decision.why, node=ended.node)  # fmt: skip
                 complain(f"{self._name} is {decision.next.value} ({decision.why})")
@@ -164,7 +169,7 @@ class Keeper:
         path, index, host = run.lease(replica), before.index, before.node
         held = patiently(lambda: lease.take(path, replica=replica, task=index, host=host))
         task = replace(before, replica=replica, attempt=held.number)
-        self._must_end, self._started, self._leaving = "", time.monotonic(), False
+        self._must_end, self._started, self._departure.told = "", time.monotonic(), False
         self._task, self._lease = task, held
         self._events_from = records.size(run.events(task.replica))
         say(f"launching {self._name}")
@@ -194,7 +199,7 @@ class Keeper:
         watch: Callable[[threading.Event], None],
         process: subprocess.Popen[bytes] | None = None,
     ) -> Ended:
-        payload = Payload(argv, env, self._whether_it_must_end, process)
+        payload = Payload(argv, env, self._whether_it_must_end, process, self._departure.note_time)
         self._payload = payload
         done = threading.Event()
         threading.Thread(
@@ -235,7 +240,9 @@ class Keeper:
             complain(f"{self._name} failed: {reason}{where}")
             node = "" if payload.killed_for else node_of(failures)
             return Ended(code=code or 1, reason=reason, trained=self._has_trained(), node=node)
-        elif self._leaving:
+        elif self._departure.told and self._departure.time_is_up:
+            return Ended(code=ELSEWHERE_CODE, reason=TIME_IS_UP, trained=True)
+        elif self._departure.told:
             reason = leaving.LEFT
             say(f"{self._name} {reason}")
         else:
@@ -288,11 +295,12 @@ class Keeper:
                 self._stood_by += 1
                 self._warm.prepare(run.standby_ranks(task.index, self._stood_by), done)
             order = self._orders.of_attempt(task.replica, task.attempt)
-            if order is not None and order.do == "leave":
-                say(f"{self._name} is to leave between two steps ({order.why})")
-                self._leaving = True
-                path = run.leave(task.replica, task.attempt)
-                leaving.tell(path, run.events(task.replica), self._events_from)
+            if self._departure.overdue:
+                self._end_attempt(done, TIME_IS_UP)
+                return
+            leaves = order.why if order is not None and order.do == "leave" else ""
+            if leaves or self._departure.time_is_up:
+                self._departure.tell(run, task, self._events_from, leaves or TIME_IS_UP)
             elif order is not None:
                 complain(f"{self._name} is to end: {order.why}; its stacks are collected first")
                 stacks.of_attempt(run, task, self._events_from, self._payload)
@@ -308,8 +316,8 @@ class Keeper:
         """Wait to be told which group to be; then watch over it."""
         run, task, shown = self._plan.run, self._task, 0.0
         while not done.wait(STAND_BY_EVERY):
-            if run.finished.exists():
-                self._must_end = FINISHED
+            if run.finished.exists() or self._departure.time_is_up:
+                self._must_end = TIME_IS_UP if self._departure.time_is_up else FINISHED
                 return
             if not standby.ready:
                 continue

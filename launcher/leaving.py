@@ -9,16 +9,59 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from pathlib import Path
 
+from launcher.environment import Task
 from launcher.files import overwrite
+from launcher.payload import say
+from launcher.rundir import RunDir
 
 #: Seconds in which every rank has read the file (they look twice a second).
 MARGIN_SECONDS = 3.0
 #: Commits from which the length of a step is taken.
 COMMITS = 8
+#: Seconds for a group to leave, of the two minutes before its time limit.
+LEAVE_SECONDS = 60.0
 #: Why a group that has left ended.
 LEFT = "left the run, as it was told to"
+
+
+class Departure:
+    """Whether a replica group is to leave: because it was told to, or its time limit is near."""
+
+    def __init__(self) -> None:
+        self.told = False
+        """Whether the ranks of this attempt have been told."""
+        self._time = 0.0
+
+    def note_time(self) -> None:
+        """Slurm says that the time limit is near (SIGUSR2, two minutes before)."""
+        self._time = self._time or time.monotonic()
+
+    @property
+    def time_is_up(self) -> bool:
+        """Whether the time limit is near: the group leaves, and is requeued."""
+        return self._time > 0
+
+    @property
+    def overdue(self) -> bool:
+        """Whether it has had its time to leave, and is still there."""
+        return self.time_is_up and time.monotonic() - self._time > LEAVE_SECONDS
+
+    def tell(self, run: RunDir, task: Task, start: int, why: str) -> None:
+        """Tell the ranks, once an attempt, when to leave.
+
+        Args:
+            start: size of the group's structured events when this attempt began.
+        """
+        if self.told:
+            return
+        self.told = True
+        say(
+            f"replica {task.replica} (attempt {task.attempt}) is to leave between two steps ({why})"
+        )
+        tell(run.leave(task.replica, task.attempt), run.events(task.replica), start)
 
 
 def tell(path: Path, events: Path, start: int) -> None:

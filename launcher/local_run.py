@@ -30,6 +30,8 @@ from launcher.rundir import Outputs, RunDir
 
 #: What every task runs, as the job script does.
 TASK = (sys.executable, "-m", "launcher.task", "replica")
+#: The same of a script of the user's own, whose path and flags follow.
+SCRIPT_TASK = (sys.executable, "-m", "launcher.task", "script", "--")
 #: Settings of one machine, where nothing else is set.
 SETTINGS = {
     "TFT_NODE_ADDRESS": "127.0.0.1",
@@ -49,6 +51,7 @@ def up(
     spares: int = 0,
     flags: Sequence[str] = (),
     env: Mapping[str, str] = os.environ,
+    script: Sequence[str] = (),
     command: Sequence[str] = TASK,
 ) -> RunDir:
     """Start a run of ``replicas`` replica groups, with a lighthouse of its own, in the background.
@@ -57,6 +60,7 @@ def up(
         config: torchtitan config file.
         flags: more flags for torchtitan, after those of ``TFT_EXTRA_ARGS``.
         env: environment of the tasks, which this adds to.
+        script: training script of the user's own and its arguments, in place of ``config``.
         command: what every task runs.
 
     Raises:
@@ -70,7 +74,11 @@ def up(
         ranks = CPU_RANKS if gpus is None else max(1, len(gpus) // tasks)
         env["TFT_RANKS_PER_NODE"] = str(ranks)
     site = Site.from_environment(env)
-    preflight.check(site)
+    if script:
+        preflight.check_script(site, script[0])
+        command = (*SCRIPT_TASK, *script)
+    else:
+        preflight.check(site, replicas)
     nodes = _shares(tasks, site.ranks_per_node, gpus)
     run = _new_run(outputs)
     array = Array(

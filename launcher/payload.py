@@ -37,13 +37,16 @@ class Payload:
         env: Mapping[str, str],
         must_end: Callable[[], str] = lambda: "",
         process: subprocess.Popen[bytes] | None = None,
+        on_time_limit: Callable[[], None] | None = None,
     ) -> None:
         """``must_end`` says why it must be killed at once; empty while it need not be. It is
-        asked all the time, and must not block. ``process``: it runs already, so."""
+        asked all the time, and must not block. ``process``: it runs already, so.
+        ``on_time_limit``: called at SIGUSR2, which its ranks then do not see."""
         self._argv = list(argv)
         self._env = dict(env)
         self._must_end = must_end
         self._process = process
+        self._on_time_limit = on_time_limit
         self.stopped_by: signal.Signals | None = None
         self.killed_for = ""
         """What ``must_end`` said when it was killed."""
@@ -94,6 +97,9 @@ class Payload:
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         del frame
+        if number == signal.SIGUSR2 and self._on_time_limit is not None:
+            self._on_time_limit()
+            return
         if number in ENDING and self.stopped_by is None:
             self.stopped_by = signal.Signals(number)
             self._kill_at = time.monotonic() + GRACE

@@ -23,6 +23,10 @@ UNFIT = "unfit node: "
 HERE_WINDOW, ELSEWHERE_WINDOW = 600.0, 3600.0
 
 
+#: Why a group that comes near its time limit ends: a requeue gives it another one.
+TIME_IS_UP = "its time limit is near"
+
+
 class Next(enum.Enum):
     """Where a replica group goes on."""
 

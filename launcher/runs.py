@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher import orders, process
+from launcher import local_run, orders, process
 from launcher.files import read_json
 from launcher.lighthouse import LighthouseDir
 from launcher.model import BlindError, GroupState, KitError, UsageError
 from launcher.opening import SCRIPT_JOB, TORCHTITAN_JOB
 from launcher.rundir import Manifest, Outputs, RunDir
+from launcher.scheduler import LOCAL, Scheduler, cluster_of, scheduler_of
 from launcher.slurm import Job, Slurm
 from launcher.supervisor import stop
 from launcher.watcher import Watcher
@@ -41,15 +42,20 @@ class Summary:
     step: str
 
 
-def listed(outputs: Outputs, slurm: Slurm, *, every: bool = False) -> Iterator[Summary]:
+def listed(outputs: Outputs, slurm: Scheduler, *, every: bool = False) -> Iterator[Summary]:
     """Runs, newest first; those that have ended only with ``every``.
 
     Raises:
         BlindError: Slurm cannot be asked which of them live.
     """
     for run in reversed(outputs.runs()):
-        jobs = slurm.jobs(*run.arrays())
-        live = [job for job in jobs if job.live]
+        scheduler = scheduler_of(run, slurm)
+        try:
+            live = [job for job in scheduler.jobs(*run.arrays()) if job.live]
+        except BlindError:
+            if scheduler is slurm:
+                raise
+            live = []  # the daemon of a run of one machine is gone, and its tasks with it
         if live or every:
             yield _summary(run, live)
 
@@ -79,13 +85,16 @@ def _summary(run: RunDir, live: list[Job]) -> Summary:
 # -- cancel ------------------------------------------------------------------------------
 
 
-def cancel(run: RunDir, slurm: Slurm, say: Callable[[str], None]) -> None:
+def cancel(run: RunDir, slurm: Scheduler, say: Callable[[str], None]) -> None:
     """End every task of a run, and the lighthouse that was started for it.
 
     Raises:
         KitError: Slurm refused, or the tasks did not end in time.
         BlindError: Slurm cannot be asked.
     """
+    if cluster_of(run) == LOCAL:
+        local_run.down(run, say)
+        return
     arrays = run.arrays()
     live = {job.array_job_id for job in slurm.jobs(*arrays) if job.live}
     for array in sorted(live):
@@ -121,7 +130,7 @@ def _was_started_for_a_run(folder: LighthouseDir) -> bool:
 def scale(
     run: RunDir,
     replicas: int,
-    slurm: Slurm,
+    slurm: Scheduler,
     env: Mapping[str, str],
     *,
     say: Callable[[str], None],
@@ -136,6 +145,8 @@ def scale(
         KitError: a step failed.
     """
     manifest = run.manifest()
+    if manifest.cluster == LOCAL:
+        raise UsageError(f"{run.name} is a run of one machine: its size is fixed")
     if not 1 <= replicas <= manifest.group_size:
         raise UsageError(
             f"{run.name} can have 1 to {manifest.group_size} replica groups: its data is split by the "
@@ -257,7 +268,7 @@ def _shrink(
     watcher: Watcher,
     surplus: list[int],
     replicas: int,
-    slurm: Slurm,
+    slurm: Scheduler,
     say: Callable[[str], None],
 ) -> None:
     """Tell replica groups to leave; those that do not in time are cancelled."""
@@ -286,7 +297,7 @@ def _shrink(
         say(f"replica {replica} did not leave in {patience:.0f} s; its task is cancelled")
 
 
-def _end(run: RunDir, task: int, slurm: Slurm) -> None:
+def _end(run: RunDir, task: int, slurm: Scheduler) -> None:
     for job in slurm.jobs(*run.arrays()):
         if job.task == task and job.live:
             slurm.cancel(job.name)

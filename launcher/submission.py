@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from launcher import preflight, process
+from launcher import local_run, preflight, process
 from launcher.config import Site
 from launcher.files import replace
 from launcher.interrupts import signals_ignored, stop_on_signals
@@ -199,6 +199,34 @@ def submit(
         keep_record(run, submission, handed)
         undo.pop_all()
     return run
+
+
+def submit_local(
+    submission: Submission, env: Mapping[str, str], *, say: Callable[[str], None]
+) -> RunDir:
+    """Run it as processes of this machine, without Slurm (`launcher/local_run.py`).
+
+    Raises:
+        UsageError: it asks for what only Slurm can give.
+        KitError: it did not come up; nothing is left of it.
+    """
+    problems = []
+    if submission.max_replicas != submission.replicas:
+        problems.append("a run of one machine cannot grow: leave --max-replicas out")
+    if submission.nodes_per_replica != 1:
+        problems.append(
+            "a replica group of one machine has one node: leave --nodes-per-replica out"
+        )
+    if problems:
+        raise UsageError("; ".join(problems))
+    return local_run.up(
+        Outputs(submission.site.outputs.absolute()),
+        submission.site.config,
+        replicas=submission.replicas,
+        spares=submission.spares,
+        env={**env, **submission.environment},
+        script=submission.script,
+    )
 
 
 def keep_record(run: RunDir, submission: Submission, handed: Mapping[str, str]) -> None:

@@ -46,6 +46,9 @@ def submit(
     sbatch: Annotated[
         list[str] | None, typer.Option("--sbatch", help="A further flag of sbatch; repeatable.")
     ] = None,
+    cluster: Annotated[
+        str, typer.Option(help="slurm, or local: processes of this machine, without Slurm.")
+    ] = "slurm",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")
     ] = False,
@@ -61,6 +64,9 @@ def submit(
     """
     from launcher import submission
     from launcher.layers import resolve
+
+    if cluster not in ("slurm", "local"):
+        raise UsageError(f"--cluster must be slurm or local, not {cluster!r}")
 
     run_file = None
     said: dict[str, Any] = {
@@ -94,7 +100,8 @@ def submit(
         for line in planned.lines():
             say(line)
         return
-    run = submission.submit(planned, os.environ, say=say)
+    start = submission.submit_local if cluster == "local" else submission.submit
+    run = start(planned, os.environ, say=say)
     for line in submission.next_steps(run, planned):
         say(line)
 
@@ -130,12 +137,13 @@ def status(run: RunArgument = "", outputs: OutputsOption = OUTPUTS) -> None:
     """Say how a run stands: the monitor's view, once. Exit codes 0, 3 (critical) and 4 (blind)."""
     from launcher import monitor
     from launcher.rundir import Outputs
+    from launcher.scheduler import scheduler_of
     from launcher.slurm import Slurm
     from launcher.watcher import Watcher
 
     slurm = Slurm()
     chosen = monitor.choose(Outputs(outputs.absolute()), run or None, slurm)
-    with Watcher.of_run(chosen, slurm) as watcher:
+    with Watcher.of_run(chosen, scheduler_of(chosen, slurm)) as watcher:
         raise typer.Exit(
             monitor.once(
                 watcher, say=lambda line: None if _is_story(line) else say(line), as_json=False
