@@ -151,10 +151,17 @@ def test_a_run_survives_whatever_happens_to_its_processes(
         assert "hang_in_a_test" in stacks.read_text()
         assert hung.survivor_stall_s < 40
 
+        # Its time limit is near, Slurm says: it leaves between two steps, and is requeued.
+        failed = [g.failed_commits for g in going.state.groups.values()]
+        near = ("scancel", "--batch", "--signal=USR2", f"{going.job}_1")
+        limit = going.after(lambda: shell.sh(*near))
+        assert limit.why.startswith("time limit")
+        assert [g.failed_commits for g in going.state.groups.values()] == failed
+
         # The launcher of the task is killed: the guardian requeues it.
         gone = going.after(lambda: copy_of(going.rank(1).pid)[0].kill())
         assert "its launcher was killed: Slurm says FAILED" in gone.why
-        assert going.state.groups[1].attempt == 4
+        assert going.state.groups[1].attempt == 5
         assert going.state.groups[0].attempt == 1, "the survivor is the same all along"
         # The whole story can be told again from the files, actions included.
         again = shell.launcher("monitor", str(going.job), "--once")
