@@ -258,7 +258,7 @@ def nodes(target: Target, found: Sequence[Resources]) -> Iterator[Result]:
             "GPUs",
             f"no node has the {target.ranks_per_node} that its ranks need; the most is {most}",
             (
-                f"set TFT_RANKS_PER_NODE={most} and submit with --gpus-per-task={most}, or choose "
+                f"set TFT_RANKS_PER_NODE={most} and submit with --gpus-per-node={most}, or choose "
                 "another partition"
             )
             if most

@@ -182,7 +182,7 @@ def _cluster(target: Target, slurm: Slurm) -> Iterator[Result]:
 def _job_script(target: Target, slurm: Slurm) -> Result:
     flags = ["--array=0-1", *target.flags()]
     if target.device == "cuda":
-        flags.append(f"--gpus-per-task={target.ranks_per_node}")
+        flags.append(f"--gpus-per-node={target.ranks_per_node}")
     try:
         said = slurm.would_start(flags, TORCHTITAN_JOB).splitlines()[-1:]
     except SlurmError as error:

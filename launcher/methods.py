@@ -202,7 +202,7 @@ class Learning:
         if self.method is DDP and ranks != 1:
             yield (
                 f"method ddp is one rank a replica group, and this one has {ranks}: submit with "
-                "--gpus-per-task=1 (and --oversubscribe for several groups on a node), or take hsdp"
+                "--gpus-per-node=1 (and --oversubscribe for several groups on a node), or take hsdp"
             )
         elif ranks > 1 and not self.layout.sharded:
             yield (

@@ -72,7 +72,7 @@ SETTINGS = (
     Setting(key="time_limit", kind="duration", variable="SBATCH_TIMELIMIT", sbatch="--time",
             default="the partition's", meaning="time limit of each start of a task"),
     Setting(key="gpus_per_node", kind="count", default=_HEADER, meaning="GPUs of each node"),
-    Setting(key="cpus_per_node", kind="count", sbatch="--cpus-per-task", default=_HEADER,
+    Setting(key="cpus_per_node", kind="count", default=_HEADER,
             meaning="CPUs of each node"),
     Setting(key="memory", kind="memory", sbatch="--mem", default="Slurm's own",
             meaning="memory of each node, as sbatch takes it: 512G, or 0 for all of it"),

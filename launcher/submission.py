@@ -27,6 +27,7 @@ from launcher.interrupts import signals_ignored, stop_on_signals
 from launcher.lighthouse import Address, LighthouseDir, alive, responds
 from launcher.lighthouse_child import PORTS
 from launcher.lock import acquire
+from launcher.methods import DDP
 from launcher.model import BlindError, KitError, UsageError
 from launcher.opening import SCRIPT_JOB, TORCHTITAN_JOB, manifest_of
 from launcher.process import port_holder
@@ -35,6 +36,8 @@ from launcher.settings import DEFAULT_PORTS, Resolved, ports
 from launcher.slurm import Slurm
 from launcher.supervisor import start_detached, stop
 
+#: What the job script's header asks for.
+HEADER_GPUS, HEADER_CPUS = 8, 128
 #: Seconds that another submission of ours may take.
 PATIENCE = 60.0
 
@@ -103,6 +106,10 @@ def plan(resolved: Resolved, env: Mapping[str, str]) -> Submission:
     handed = resolved.environment()
     if resolved.get("max_replicas"):
         handed["TFT_MAX_REPLICAS"] = str(most)
+    # Tasks take it from their GPUs; here there are none to count.
+    ranks = 1 if resolved.get("method") == DDP.name else resolved.get("gpus_per_node")
+    if ranks and not resolved.get("ranks_per_node"):
+        handed["TFT_RANKS_PER_NODE"] = str(ranks)
     job = [TORCHTITAN_JOB]
     if script := resolved.get("script"):
         if resolved.get("config"):
@@ -120,7 +127,7 @@ def plan(resolved: Resolved, env: Mapping[str, str]) -> Submission:
         site=site,
         training=training,
         environment=handed,
-        flags=_sbatch(resolved, _indices(replicas, most, spares)),
+        flags=_sbatch(resolved, _indices(replicas, most, spares), site),
         job=job,
         lighthouse=() if resolved.get("lighthouse") else _lighthouse_command(resolved, site),
         replicas=replicas,
@@ -138,12 +145,18 @@ def _indices(replicas: int, most: int, spares: int) -> str:
     return ",".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in ranges)
 
 
-def _sbatch(resolved: Resolved, array: str) -> list[str]:
+def _sbatch(resolved: Resolved, array: str, site: Site) -> list[str]:
     flags = [f"--array={array}", "--export=ALL"]
     if (nodes := resolved.get("nodes_per_replica", 1)) > 1:
         flags.append(f"--nodes={nodes}")
-    if gpus := resolved.get("gpus_per_node"):
-        flags.append(f"--gpus-per-node={gpus}")
+    gpus, cpus = resolved.get("gpus_per_node"), resolved.get("cpus_per_node")
+    if site.method == DDP.name:
+        # A group is one GPU, and takes its share of a node, not the whole of it.
+        flags.append("--oversubscribe")
+        cpus = max(1, (cpus or HEADER_CPUS) // (gpus or HEADER_GPUS))
+        gpus = 1
+    flags += [f"--gpus-per-node={gpus}"] if gpus else []
+    flags += [f"--cpus-per-task={cpus}"] if cpus else []
     return [*flags, *resolved.sbatch_flags()]
 
 

@@ -63,7 +63,7 @@ def test_groups_of_one_rank_share_a_node(shell: Workspace, sandbox: Sandbox) -> 
     """As docs/methods.md says to submit them: the script asks for whole nodes."""
     settings = {"TFT_METHOD": "ddp", "TFT_EXTRA_ARGS": "--training.steps 6000"}
     settings["TFT_RANKS_PER_NODE"] = ""  # as many as the task has GPUs
-    flags = ["--oversubscribe", "--gpus-per-task=1", "--cpus-per-task=16", "--nodelist=worker-0"]
+    flags = ["--oversubscribe", "--gpus-per-node=1", "--cpus-per-task=16", "--nodelist=worker-0"]
     with training(shell.having(settings), sandbox, flags=flags) as going:
         going.after(lambda: going.rank(1).kill())
         assert [group.host for group in going.state.groups.values()] == ["worker-0", "worker-0"]

@@ -133,7 +133,7 @@ class TestRefusals:
 
     def test_layouts(self) -> None:
         (problem,) = problems("ddp", ranks=8)
-        assert "--gpus-per-task=1" in problem
+        assert "--gpus-per-node=1" in problem
         (problem,) = problems("hsdp", ranks=8, degrees={"data_parallel_replicate": 8})
         assert "set it above 1" in problem
         (problem,) = problems("hsdp", ranks=8, degrees={"data_parallel_shard": 3})

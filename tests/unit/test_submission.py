@@ -131,6 +131,16 @@ def test_a_script_of_the_users_own_gets_its_flags_as_they_are(tmp_path: Path) ->
         submission.plan(resolve({**said, "config": "c.toml"}, env), env)
 
 
+def test_with_ddp_a_group_takes_its_share_of_a_node(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(CONFIG)
+    said = {"config": str(path), "replicas": 16, "method": "ddp"}
+    plan = submission.plan(resolve(said, {}, profile="h100"), {})
+    assert {"--oversubscribe", "--gpus-per-node=1", "--cpus-per-task=16"} <= set(plan.flags)
+    assert plan.environment["TFT_RANKS_PER_NODE"] == "1"
+    assert "--method=ddp" in plan.lighthouse
+
+
 def test_groups_of_several_nodes(config: Path, tmp_path: Path) -> None:
     plan = planned(config, tmp_path, nodes_per_replica=2)
     assert "--nodes=2" in plan.flags
