@@ -236,13 +236,17 @@ class TestBeforeAnythingIsStarted:
             assert part in str(refused.value)
         assert preflight.check(site).batches is None, "a classic job has no groups"
 
-    def test_a_config_file_for_every_method(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in METHODS:
-            env = {"TFT_METHOD": name, "TFT_EXTRA_ARGS": "--training.steps 1000"}
-            site = self.site(monkeypatch, **env, TFT_RANKS_PER_NODE="1")
-            training = preflight.check(site, 4)
-            assert training.method.name == name
-            assert len(training.lines) == 2
+    @pytest.mark.parametrize("method", METHODS)
+    def test_one_config_file_for_every_method(
+        self, monkeypatch: pytest.MonkeyPatch, method: str
+    ) -> None:
+        env = {"TFT_CONFIG": "configs/llama3.1-8b.toml", "TFT_DEVICE": "cuda", "TFT_METHOD": method}
+        env["TFT_RANKS_PER_NODE"] = "1" if method == "ddp" else "8"
+        training = preflight.check(self.site(monkeypatch, **env), 4)
+        assert training.method.name == method
+        assert training.batches is not None
+        assert training.batches.whole == 4 * int(env["TFT_RANKS_PER_NODE"])
+        assert len(training.lines) == 2
 
     def test_an_unknown_method(self) -> None:
         with pytest.raises(UsageError, match="one of hsdp, ddp, local-sgd, diloco, not 'fsdp'"):
