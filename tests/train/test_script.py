@@ -122,14 +122,23 @@ def test_what_it_raises_reaches_the_launcher(tmp_path: Path) -> None:
     assert [event["kind"] for event in group.events()] == ["start"]
 
 
-def test_one_that_comes_too_late_ends(lighthouse: str, tmp_path: Path) -> None:
-    (tmp_path / "finished.json").touch()
-    late = {"TFT_ATTEMPT": "2", "TFT_FINISHED": str(tmp_path / "finished.json")}
-    group = Group(tmp_path, TRAINING, TORCHFT_LIGHTHOUSE=lighthouse, **late)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_one_that_comes_too_late_ends(lighthouse: str, tmp_path: Path, steps: int) -> None:
+    """Also when its peers finish between its first question and the quorum, of itself alone."""
+    finish = (
+        f"    if manager.current_step() == {steps}: open({str(tmp_path / 'finished')!r}, 'w')\n"
+    )
+    group = Group(
+        tmp_path,
+        TRAINING.replace("    manager.start_quorum()", f"{finish}    manager.start_quorum()"),
+        TORCHFT_LIGHTHOUSE=lighthouse,
+        TFT_ATTEMPT="2",
+        TFT_FINISHED=str(tmp_path / "finished"),
+    )
     done = group.run()
     assert done.returncode == 0
     assert "nothing is left" in done.stdout
-    assert not [event for event in group.events() if event["kind"] == "commit"]
+    assert len([event for event in group.events() if event["kind"] == "commit"]) == steps
 
 
 def test_ranks_wait_with_what_is_installed_imported_and_nothing_of_the_scripts_own(
