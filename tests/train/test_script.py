@@ -151,6 +151,7 @@ def test_ranks_wait_with_what_is_installed_imported_and_nothing_of_the_scripts_o
         """
         import json, os, sys
         import psutil, yaml, beside
+        from launcher.train import tell
         assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
         from signal import pause
         with open(sys.argv[1], "w") as file:
@@ -164,7 +165,8 @@ def test_ranks_wait_with_what_is_installed_imported_and_nothing_of_the_scripts_o
     code = (
         "import sys; from launcher.train import rank, script\n"
         "def wait(path):\n"
-        "    print(sorted({'psutil', 'yaml', 'beside'} & set(sys.modules)), flush=True)\n"
+        "    known = {'psutil', 'yaml', 'beside', 'launcher.train.tell'}\n"
+        "    print(*sorted(known & set(sys.modules)), flush=True)\n"
         "    if 'psutil' in sys.modules: sys.modules['psutil'].here = True\n"
         "    await_assignment(path)\n"
         "await_assignment, rank.await_assignment = rank.await_assignment, wait\n"
@@ -181,7 +183,7 @@ def test_ranks_wait_with_what_is_installed_imported_and_nothing_of_the_scripts_o
     ) as waiting:
         try:
             assert waiting.stdout is not None
-            assert waiting.stdout.readline() == "['psutil']\n"
+            assert waiting.stdout.readline() == "launcher.train.tell psutil\n"
             news = {"REPLICA_GROUP_ID": "1", "TFT_STACKS": str(tmp_path)}
             flags = script_flags(str(group.script), [str(out)])
             assignment.write_text(json.dumps({"flags": flags, "env": news}))
