@@ -11,6 +11,7 @@ gradients with its like in the other groups, and then with the other ranks of it
 
 import argparse
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -63,7 +64,8 @@ def load_state(state: dict[str, dict[str, object]]) -> None:
 
 
 manager = Manager(
-    pg=ProcessGroupNCCL() if device.type == "cuda" else ProcessGroupGloo(),
+    # A group that hangs is noticed when the others' collective has lasted this long.
+    pg=(ProcessGroupNCCL if device.type == "cuda" else ProcessGroupGloo)(timedelta(seconds=30)),
     load_state_dict=load_state,
     state_dict=state,
     min_replica_size=1,  # train on with one group

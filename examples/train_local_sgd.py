@@ -12,6 +12,7 @@ between two of them.
 
 import argparse
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -50,7 +51,8 @@ def load_state(state: dict[str, dict[str, object]]) -> None:
 
 
 manager = Manager(
-    pg=ProcessGroupNCCL() if device.type == "cuda" else ProcessGroupGloo(),
+    # A group that hangs is noticed when the others' collective has lasted this long.
+    pg=(ProcessGroupNCCL if device.type == "cuda" else ProcessGroupGloo)(timedelta(seconds=30)),
     load_state_dict=load_state,
     state_dict=state,
     min_replica_size=1,  # train on with one group

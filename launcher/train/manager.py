@@ -42,7 +42,7 @@ class ReplicaManager(torchft.manager.Manager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = _SIGNATURE.bind(self, *args, **kwargs)
         given.arguments["replica_id"] = NAME.format(replica=self.recorder.replica)
-        self._told_of_heals = False
+        self._told_of_heals = self._healed = False
         self._started = self._step_began = 0.0
         self._looks = 0
         self._may_be_too_late = int(os.environ.get("TFT_ATTEMPT") or "1") > 1
@@ -76,6 +76,7 @@ class ReplicaManager(torchft.manager.Manager):
         return {"replica": self.recorder.replica}
 
     def _on_heal(self, note: dict[str, int]) -> None:
+        self._healed = self.current_step() > 0
         self.recorder.record("heal", step=self.current_step(), source=note["replica"])
 
     def _stop_if_too_late(self) -> None:
@@ -84,7 +85,7 @@ class ReplicaManager(torchft.manager.Manager):
         key = f"tft/too_late/{self._looks}"
         if self._group_rank == 0:
             answer = "look again"
-            if time.monotonic() - self._started > TOO_LATE_SECONDS or self.current_step() > 0:
+            if self._healed or time.monotonic() - self._started > TOO_LATE_SECONDS:
                 answer = "go on"
             elif os.path.exists(os.environ.get("TFT_FINISHED", "")):
                 answer = "end"

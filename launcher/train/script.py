@@ -31,13 +31,15 @@ def load(waits: bool) -> None:
     if not sys.flags.safe_path:
         sys.path[0] = os.path.dirname(os.path.abspath(script))
     if waits:
-        for name in installed_imports(script):
+        with contextlib.suppress(ImportError):
+            importlib.import_module("torch._dynamo")  # every optimizer does, when it is made
+        for statement in installed_imports(script):
             with contextlib.suppress(Exception, SystemExit):  # the script will say it better
-                importlib.import_module(name)
+                exec(compile(ast.Module([statement], []), script, "exec"), {})  # noqa: S102
 
 
-def installed_imports(script: str) -> Iterator[str]:
-    """What a script imports at its top level from installed packages.
+def installed_imports(script: str) -> Iterator[ast.stmt]:
+    """A script's imports at its top level that are of installed packages.
 
     Not its own modules: one that looks at the environment while it is imported would see that of a
     rank which is no replica group yet.
@@ -48,17 +50,22 @@ def installed_imports(script: str) -> Iterator[str]:
     except (OSError, SyntaxError, ValueError):
         return
     for node in tree.body:
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [node.module]
-        yield from filter(_is_installed, names)
+            for alias in node.names:
+                if _is_installed(alias.name):
+                    yield ast.copy_location(ast.Import([alias]), node)
+        elif (
+            isinstance(node, ast.ImportFrom) and not node.level and _is_installed(str(node.module))
+        ):
+            yield node
 
 
 def _is_installed(name: str) -> bool:
+    top = name.partition(".")[0]
+    if top == "launcher":
+        return True
     with contextlib.suppress(ImportError, ValueError):
-        spec = importlib.util.find_spec(name.partition(".")[0])
+        spec = importlib.util.find_spec(top)
         places = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
         return spec is not None and (spec.origin or "").startswith(places)
     return False

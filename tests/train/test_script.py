@@ -122,14 +122,23 @@ def test_what_it_raises_reaches_the_launcher(tmp_path: Path) -> None:
     assert [event["kind"] for event in group.events()] == ["start"]
 
 
-def test_one_that_comes_too_late_ends(lighthouse: str, tmp_path: Path) -> None:
-    (tmp_path / "finished.json").touch()
-    late = {"TFT_ATTEMPT": "2", "TFT_FINISHED": str(tmp_path / "finished.json")}
-    group = Group(tmp_path, TRAINING, TORCHFT_LIGHTHOUSE=lighthouse, **late)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_one_that_comes_too_late_ends(lighthouse: str, tmp_path: Path, steps: int) -> None:
+    """Also when its peers finish between its first question and the quorum, of itself alone."""
+    finish = (
+        f"    if manager.current_step() == {steps}: open({str(tmp_path / 'finished')!r}, 'w')\n"
+    )
+    group = Group(
+        tmp_path,
+        TRAINING.replace("    manager.start_quorum()", f"{finish}    manager.start_quorum()"),
+        TORCHFT_LIGHTHOUSE=lighthouse,
+        TFT_ATTEMPT="2",
+        TFT_FINISHED=str(tmp_path / "finished"),
+    )
     done = group.run()
     assert done.returncode == 0
     assert "nothing is left" in done.stdout
-    assert not [event for event in group.events() if event["kind"] == "commit"]
+    assert len([event for event in group.events() if event["kind"] == "commit"]) == steps
 
 
 def test_ranks_wait_with_what_is_installed_imported_and_nothing_of_the_scripts_own(
@@ -142,6 +151,7 @@ def test_ranks_wait_with_what_is_installed_imported_and_nothing_of_the_scripts_o
         """
         import json, os, sys
         import psutil, yaml, beside
+        from launcher.train import tell
         assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
         from signal import pause
         with open(sys.argv[1], "w") as file:
@@ -155,7 +165,8 @@ def test_ranks_wait_with_what_is_installed_imported_and_nothing_of_the_scripts_o
     code = (
         "import sys; from launcher.train import rank, script\n"
         "def wait(path):\n"
-        "    print(sorted({'psutil', 'yaml', 'beside'} & set(sys.modules)), flush=True)\n"
+        "    known = {'psutil', 'yaml', 'beside', 'launcher.train.tell'}\n"
+        "    print(*sorted(known & set(sys.modules)), flush=True)\n"
         "    if 'psutil' in sys.modules: sys.modules['psutil'].here = True\n"
         "    await_assignment(path)\n"
         "await_assignment, rank.await_assignment = rank.await_assignment, wait\n"
@@ -172,7 +183,7 @@ def test_ranks_wait_with_what_is_installed_imported_and_nothing_of_the_scripts_o
     ) as waiting:
         try:
             assert waiting.stdout is not None
-            assert waiting.stdout.readline() == "['psutil']\n"
+            assert waiting.stdout.readline() == "launcher.train.tell psutil\n"
             news = {"REPLICA_GROUP_ID": "1", "TFT_STACKS": str(tmp_path)}
             flags = script_flags(str(group.script), [str(out)])
             assignment.write_text(json.dumps({"flags": flags, "env": news}))
