@@ -30,7 +30,7 @@ from launcher.orders import Order, OrderReader
 from launcher.payload import Payload, complain, node_of, say, why
 from launcher.plan import Ended, Plan
 from launcher.relay import Relay
-from launcher.restarts import UNFIT, Decision, Ending, Next, decide
+from launcher.restarts import SILENT, UNFIT, Decision, Ending, Next, decide
 from launcher.rundir import create_once
 from launcher.slurm import Slurm
 from launcher.standby import Standby, Warm
@@ -70,6 +70,7 @@ class Keeper:
         self._must_end = ""
         self._payload: Payload | None = None
         self._port = 0
+        self._reaches_lighthouse: Callable[[], bool] = lambda: True
         self._started = 0.0
         self._events_from = 0
         """Size of the group's structured events when this attempt began."""
@@ -85,7 +86,7 @@ class Keeper:
         """
         run, manifest = self._plan.run, self._plan.manifest
         with Relay(self._lighthouse, silence=SILENCE) as relay, contextlib.ExitStack() as stack:
-            self._port = relay.port
+            self._port, self._reaches_lighthouse = relay.port, relay.reaches
             stack.callback(self._warm.end)
             while True:
                 if run.finished.exists():
@@ -236,8 +237,11 @@ class Keeper:
         elif payload.killed_for or code != 0 or task.replica == NO_GROUP:
             reason = payload.killed_for or why(failures, code)
             where = "" if payload.killed_for else f"; every rank's output: {failures.parent}"
-            complain(f"{self._name} failed: {reason}{where}")
             node = "" if payload.killed_for else node_of(failures)
+            if node and reason.endswith(SILENT) and not self._reaches_lighthouse():
+                node, other = task.node, node  # it is this one that is cut off
+                reason = f"{UNFIT}{node} reaches neither {other} nor the lighthouse"
+            complain(f"{self._name} failed: {reason}{where}")
             return Ended(code=code or 1, reason=reason, trained=self._has_trained(), node=node)
         else:
             reason = "finished"
@@ -291,23 +295,16 @@ class Keeper:
             order = self._orders.restart(task.replica, task.attempt)
             if order is not None:
                 complain(f"{self._name} is to end: {order.why}; its stacks are collected first")
-                self._collect_stacks()
+                payload = self._payload if task.nodes else None
+                stacks.collect(
+                    run.ranks(task.replica, task.attempt),
+                    run.events(task.replica),
+                    attempt=task.attempt,
+                    start=self._events_from,
+                    leader=payload.tell if payload is not None else None,
+                )
                 self._end_attempt(done, order.why)
                 return
-
-    def _collect_stacks(self) -> None:
-        """Have the ranks say what they are doing, before they are killed."""
-        run, task, payload = self._plan.run, self._task, self._payload
-        if task.nodes and payload is not None:
-            payload.tell(stacks.SIGNAL)  # the leader asks on every node
-            time.sleep(stacks.patience())
-            return
-        stacks.collect(
-            run.ranks(task.replica, task.attempt),
-            run.events(task.replica),
-            attempt=task.attempt,
-            start=self._events_from,
-        )
 
     def _end_attempt(self, done: threading.Event, reason: str) -> None:
         """Have the attempt killed that ``done`` belongs to: by now it may be another one's turn."""

@@ -157,6 +157,34 @@ def test_of_several_nodes_the_one_to_blame_is_remembered(
     assert events(run, "launch")[0]["nodes"] == ["w0", "w1"]
 
 
+@pytest.mark.parametrize(
+    ("reaches", "node", "why"),
+    [
+        (True, "w1", "unfit node: w1 does not answer any more"),
+        (False, "w0", "unfit node: w0 reaches neither w1 nor the lighthouse"),
+    ],
+)
+def test_a_node_that_is_cut_off_does_not_blame_the_others(
+    keep: Callable[..., Keeper],
+    run: RunDir,
+    fake_run: FakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    reaches: bool,
+    node: str,
+    why: str,
+) -> None:
+    monkeypatch.setattr(keeper.Relay, "reaches", lambda self: reaches)
+    silent = (
+        "import json, os, sys\n"
+        f"told = [{{'unfit': 'w1 {restarts.SILENT}', 'node': 'w1'}}]\n"
+        "json.dump(told, open(os.environ['TFT_FAILURES'], 'w')); sys.exit(1)"
+    )
+    fake_run.on("scontrol", "requeue", "50_1")
+    assert keep(silent, nodes=("w0", "w1")).run() == ELSEWHERE_CODE
+    (exit_event,) = events(run, "exit")
+    assert (exit_event["node"], exit_event["reason"]) == (node, why)
+
+
 def test_the_leader_of_several_nodes_is_asked_for_their_stacks(
     keep: Callable[..., Keeper], run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

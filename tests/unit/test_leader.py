@@ -142,13 +142,13 @@ def lead(tmp_path: Path) -> Iterator[Callable[..., Led]]:
 
 
 def test_the_command_of_a_step_says_all_that_a_job_could_say_otherwise() -> None:
-    command = over_nodes(2, ["python"], "128")
+    command = over_nodes(2, ["python"], cpus="128", gpus="8")
     assert command[0] == "srun"
     assert command[-1] == "python"
     for flag in ("--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--overlap", "--export=ALL"):
         assert flag in command
-    assert "--cpus-per-task=128" in command
-    assert not any("cpus" in word for word in over_nodes(2, ["python"]))
+    assert {"--cpus-per-task=128", "--gpus-per-node=8"} <= set(command)
+    assert not any("pus-per" in word for word in over_nodes(2, ["python"]))
 
 
 def test_what_a_leader_is_told_is_what_it_reads() -> None:
