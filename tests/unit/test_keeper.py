@@ -23,6 +23,7 @@ from launcher.keeper import ELSEWHERE_CODE, Keeper
 from launcher.model import KitError
 from launcher.plan import Plan
 from launcher.records import endings_in
+from launcher.relay import Relay
 from launcher.restarts import Limits
 from launcher.rundir import RunDir
 from launcher.slurm import Slurm
@@ -173,7 +174,7 @@ def test_a_node_that_is_cut_off_does_not_blame_the_others(
     node: str,
     why: str,
 ) -> None:
-    monkeypatch.setattr(keeper.Relay, "reaches", lambda self: reaches)
+    monkeypatch.setattr(Relay, "reaches", lambda self: reaches)
     silent = (
         "import json, os, sys\n"
         f"told = [{{'unfit': 'w1 {restarts.SILENT}', 'node': 'w1'}}]\n"
