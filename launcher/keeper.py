@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import subprocess
 import threading
 import time
@@ -32,7 +31,7 @@ from launcher.orders import Order, OrderReader
 from launcher.payload import Payload, complain, node_of, say, why
 from launcher.plan import Ended, Plan
 from launcher.relay import Relay
-from launcher.restarts import TIME_IS_UP, UNFIT, Decision, Ending, Next, decide
+from launcher.restarts import SILENT, TIME_IS_UP, UNFIT, Decision, Ending, Next, decide
 from launcher.scheduler import Scheduler
 from launcher.standby import Standby, Warm
 
@@ -72,6 +71,7 @@ class Keeper:
         self._departure = leaving.Departure()
         self._payload: Payload | None = None
         self._port = 0
+        self._reaches_lighthouse: Callable[[], bool] = lambda: True
         self._started = 0.0
         self._events_from = 0
         """Size of the group's structured events when this attempt began."""
@@ -86,10 +86,9 @@ class Keeper:
             KitError: the group cannot be started at all.
         """
         run, manifest = self._plan.run, self._plan.manifest
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for ranks, when there are any
-        signal.signal(signal.SIGUSR2, lambda number, frame: self._departure.note_time())
+        self._departure.listen()
         with Relay(self._lighthouse, silence=SILENCE) as relay, contextlib.ExitStack() as stack:
-            self._port = relay.port
+            self._port, self._reaches_lighthouse = relay.port, relay.reaches
             stack.callback(self._warm.end)
             while True:
                 if run.finished.exists():
@@ -237,8 +236,11 @@ class Keeper:
         elif payload.killed_for or code != 0 or task.replica == NO_GROUP:
             reason = payload.killed_for or why(failures, code)
             where = "" if payload.killed_for else f"; every rank's output: {failures.parent}"
-            complain(f"{self._name} failed: {reason}{where}")
             node = "" if payload.killed_for else node_of(failures)
+            if node and reason.endswith(SILENT) and not self._reaches_lighthouse():
+                node, other = task.node, node  # it is this one that is cut off
+                reason = f"{UNFIT}{node} reaches neither {other} nor the lighthouse"
+            complain(f"{self._name} failed: {reason}{where}")
             return Ended(code=code or 1, reason=reason, trained=self._has_trained(), node=node)
         elif self._departure.told and self._departure.time_is_up:
             return Ended(code=ELSEWHERE_CODE, reason=TIME_IS_UP, trained=True)

@@ -37,6 +37,7 @@ from launcher.model import KitError
 from launcher.node import KEY, LEADER
 from launcher.parentage import die_with_parent
 from launcher.payload import ENDING, FORWARDED, GONE_SECONDS
+from launcher.restarts import SILENT
 from launcher.slurm import over_nodes
 
 #: Seconds for srun to start every node's part: Slurm may hold a step back for a moment.
@@ -170,7 +171,12 @@ class Leader:
         env = self._env | {LEADER: f"{self._spread.address}:{port}", KEY: self._key}
         argv = [sys.executable, "-m", "launcher.task", "node"]
         return subprocess.Popen(
-            over_nodes(len(self._members), argv, env.get("SLURM_CPUS_PER_TASK", "")),
+            over_nodes(
+                len(self._members),
+                argv,
+                cpus=env.get("SLURM_CPUS_PER_TASK", ""),
+                gpus=env.get("SLURM_GPUS_ON_NODE", ""),
+            ),
             env=env,
             stdin=subprocess.DEVNULL,
         )
@@ -261,7 +267,7 @@ class Leader:
             return
         member.ended, self._code = True, self._code or 1
         silent = member.channel is not None and member.channel.silent
-        what = "does not answer any more" if silent else "has ended its part without a word"
+        what = SILENT if silent else "has ended its part without a word"
         kind = "unfit" if silent else "problem"
         member.records = [{kind: f"{member.name} {what}", "node": member.name}]
         self._end_all()
@@ -361,7 +367,7 @@ class Leader:
         silent = [m for m in self._members.values() if not m.ended]
         if self._code and self._stopped is None:
             for member in silent:
-                text = f"{member.name} does not answer any more"
+                text = f"{member.name} {SILENT}"
                 records.append({"unfit": text, "node": member.name})
             if not records:
                 records.append({"problem": f"srun ended with code {srun_code}"})

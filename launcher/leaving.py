@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import signal
 import time
 from pathlib import Path
 
@@ -34,6 +35,11 @@ class Departure:
         self.told = False
         """Whether the ranks of this attempt have been told."""
         self._time = 0.0
+
+    def listen(self) -> None:
+        """Hear of the time limit from now on. (SIGUSR1 is for ranks, when there are any.)"""
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, lambda number, frame: self.note_time())
 
     def note_time(self) -> None:
         """Slurm says that the time limit is near (SIGUSR2, two minutes before)."""

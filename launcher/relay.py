@@ -93,6 +93,15 @@ class Relay:
         self._thread.join(PATIENCE)
         self._listener.close()
 
+    def reaches(self) -> bool:
+        """Whether the server can be reached just now."""
+        place = self._upstream()
+        with contextlib.suppress(OSError):
+            if place is not None:
+                socket.create_connection(place, CONNECT_SECONDS).close()
+                return True
+        return False
+
     def drop(self) -> None:
         """End every connection; clients connect again, to where the server is then."""
         with contextlib.suppress(RuntimeError):

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 PAUSES = (0.0, 2.0, 10.0, 30.0)
 #: What an ending's reason begins with when the node itself is unfit.
 UNFIT = "unfit node: "
+#: What the reason ends with when a node of several fell silent.
+SILENT = "does not answer any more"
 #: Windows of the two budgets, seconds.
 HERE_WINDOW, ELSEWHERE_WINDOW = 600.0, 3600.0
 

@@ -284,16 +284,22 @@ class Slurm:
         return done
 
 
-def over_nodes(nodes: int, argv: Sequence[str], cpus: str = "") -> list[str]:
+def over_nodes(nodes: int, argv: Sequence[str], *, cpus: str = "", gpus: str = "") -> list[str]:
     """The command that runs ``argv`` once on each of the ``nodes`` nodes of the job that it is
-    started in, beside whatever runs there already, and however it ends on the others; ``cpus``: CPUs of each (``SLURM_CPUS_PER_TASK``,
-    which srun does not take from the job itself)."""
+    started in, beside whatever runs there already, and however it ends on the others.
+
+    Args:
+        cpus: of each node, as ``SLURM_CPUS_PER_TASK`` says: srun does not take them from the job.
+        gpus: of each node, as ``SLURM_GPUS_ON_NODE`` says: an exclusive job has all of the node's,
+            and a step those that were asked for.
+    """
     return [
         "srun",
         f"--nodes={nodes}",
         f"--ntasks={nodes}",
         "--ntasks-per-node=1",
         *([f"--cpus-per-task={cpus}"] if cpus else []),
+        *([f"--gpus-per-node={gpus}"] if gpus else []),
         "--overlap",
         "--kill-on-bad-exit=0",
         "--wait=0",

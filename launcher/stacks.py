@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from launcher.environment import Task
@@ -36,21 +37,30 @@ def of_attempt(run: RunDir, task: Task, start: int, payload: Payload | None) -> 
         start: size of the group's structured events when this attempt began.
         payload: what runs the ranks of a group of several nodes.
     """
-    if task.nodes and payload is not None:
-        payload.tell(SIGNAL)  # the leader asks on every node
-        time.sleep(patience())
-        return
+    leader = payload.tell if task.nodes and payload is not None else None
     folder, events = run.ranks(task.replica, task.attempt), run.events(task.replica)
-    collect(folder, events, attempt=task.attempt, start=start)
+    collect(folder, events, attempt=task.attempt, start=start, leader=leader)
 
 
-def collect(folder: Path, events: Path, *, attempt: int, start: int) -> list[Path]:
+def collect(
+    folder: Path,
+    events: Path,
+    *,
+    attempt: int,
+    start: int,
+    leader: Callable[[signal.Signals], None] | None = None,
+) -> list[Path]:
     """Write the stacks of the ranks of ``attempt`` into ``folder``; returns the files there.
 
     Args:
         events: the replica group's structured events, which name its ranks' processes.
         start: offset there at which the attempt began.
+        leader: tells the leader of several nodes, each of which does this for its own ranks.
     """
+    if leader is not None:
+        leader(SIGNAL)
+        time.sleep(SECONDS + 0.5 + (PY_SPY_SECONDS if shutil.which("py-spy") else 0.0))
+        return sorted(folder.glob("stacks.*.txt"))
     pids = rank_pids(events, attempt, start)
     pids = {rank: pid for rank, pid in pids.items() if _is_ours(pid, folder)}
     for pid in pids.values():
@@ -61,11 +71,6 @@ def collect(folder: Path, events: Path, *, attempt: int, start: int) -> list[Pat
     if shutil.which("py-spy"):
         _py_spy(folder, pids)
     return sorted([*folder.glob("stacks.*.txt"), *folder.glob("py-spy.*.txt")])
-
-
-def patience() -> float:
-    """Seconds that ``collect`` takes at most, on another node."""
-    return SECONDS + 0.5 + (PY_SPY_SECONDS if shutil.which("py-spy") else 0.0)
 
 
 def rank_pids(events: Path, attempt: int, start: int = 0) -> dict[int, int]:

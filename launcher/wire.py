@@ -1,21 +1,21 @@
 """What a replica group's leader and its nodes say to each other: JSON messages over TCP.
 
-Both sides prove that they know the same key, without sending it (HMAC, by Python's own
-``multiprocessing.connection``). A side whose process ends, however it ends, is noticed at once by
-the other; one that falls silent with its machine or its network, by the kernel's keepalives.
+Both sides prove that they know the same key, without sending it. A side whose process ends, however
+it ends, is noticed at once by the other; one that falls silent with its machine or its network, by
+the kernel's keepalives.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hmac
 import json
 import os
 import socket
 import struct
 import threading
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection
 from typing import Any
 
 #: Seconds of silence before the other machine is asked whether it is there, between two such
@@ -71,10 +71,12 @@ class Channel:
 
 def listen() -> socket.socket:
     """A socket that nodes connect to, at a free port of every interface."""
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    return socket.create_server(
-        ("", 0), family=family, backlog=256, dualstack_ipv6=family == socket.AF_INET6
-    )
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # it may be switched off on this node
+            return socket.create_server(
+                ("", 0), family=socket.AF_INET6, backlog=256, dualstack_ipv6=True
+            )
+    return socket.create_server(("", 0), backlog=256)
 
 
 def accept(sock: socket.socket, key: str) -> Channel | None:
@@ -107,21 +109,26 @@ def _prove(sock: socket.socket, key: str, *, first: bool) -> Channel | None:
     _limit(sock, HANDSHAKE_SECONDS)
     connection: Connection = Connection(sock.detach())
     try:
-        for step in (
-            (deliver_challenge, answer_challenge)
-            if first
-            else (
-                answer_challenge,
-                deliver_challenge,
-            )
+        mine = os.urandom(32)
+        connection.send_bytes(mine)
+        theirs = connection.recv_bytes(len(mine))
+        connection.send_bytes(_proof(key, first, theirs + mine))
+        if not hmac.compare_digest(
+            connection.recv_bytes(len(mine)), _proof(key, not first, mine + theirs)
         ):
-            step(connection, key.encode())
+            raise ValueError("it does not know the key")
         with socket.socket(fileno=_duplicate(connection)) as again:
             _limit(again, 0.0)
-    except (OSError, EOFError, AuthenticationError, ValueError):
+    except (OSError, EOFError, ValueError):
         connection.close()
         return None
     return Channel(connection)
+
+
+def _proof(key: str, first: bool, asked: bytes) -> bytes:
+    """What only who knows the key can answer; the two sides' answers differ: neither is an echo."""
+    side = b"leader" if first else b"node"
+    return hmac.digest(key.encode(), side + asked, "sha256")
 
 
 def _limit(sock: socket.socket, seconds: float) -> None:

@@ -109,3 +109,27 @@ def test_a_rank_hangs_and_runs_out_of_memory_when_told_to() -> None:
         _, err = process.communicate(timeout=20)
     assert process.returncode == 1
     assert "MemoryError" in err
+
+
+def test_a_task_of_several_nodes_has_its_launcher_beside_the_ranks(tmp_path: Path) -> None:
+    code = "import time; print('up', flush=True); time.sleep(60)"
+    env = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1", "SLURMD_NODENAME": "w0"}
+    others = [{**env, "SLURMD_NODENAME": "w1"}, {**env, "SLURM_ARRAY_TASK_ID": "2"}]
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for one in (env, env, *others):
+            words = ["launcher.task", "replica"] if started else []
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", code, *words], env=one, stdout=subprocess.PIPE
+                )
+            )
+            stdout = started[-1].stdout
+            assert stdout is not None
+            stdout.readline()
+        rank, launcher, *_ = started
+        assert hands.whole_task(rank.pid) == [launcher.pid, rank.pid]
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()

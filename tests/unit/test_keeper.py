@@ -23,6 +23,7 @@ from launcher.keeper import ELSEWHERE_CODE, Keeper
 from launcher.model import KitError
 from launcher.plan import Plan
 from launcher.records import endings_in
+from launcher.relay import Relay
 from launcher.restarts import Limits
 from launcher.rundir import RunDir
 from launcher.slurm import Slurm
@@ -155,6 +156,34 @@ def test_of_several_nodes_the_one_to_blame_is_remembered(
     assert left["why"] == "w1 is unfit"
     assert [ending.host for ending in endings_in(run.endings(1))] == ["w0, w1", "w1"]
     assert events(run, "launch")[0]["nodes"] == ["w0", "w1"]
+
+
+@pytest.mark.parametrize(
+    ("reaches", "node", "why"),
+    [
+        (True, "w1", "unfit node: w1 does not answer any more"),
+        (False, "w0", "unfit node: w0 reaches neither w1 nor the lighthouse"),
+    ],
+)
+def test_a_node_that_is_cut_off_does_not_blame_the_others(
+    keep: Callable[..., Keeper],
+    run: RunDir,
+    fake_run: FakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    reaches: bool,
+    node: str,
+    why: str,
+) -> None:
+    monkeypatch.setattr(Relay, "reaches", lambda self: reaches)
+    silent = (
+        "import json, os, sys\n"
+        f"told = [{{'unfit': 'w1 {restarts.SILENT}', 'node': 'w1'}}]\n"
+        "json.dump(told, open(os.environ['TFT_FAILURES'], 'w')); sys.exit(1)"
+    )
+    fake_run.on("scontrol", "requeue", "50_1")
+    assert keep(silent, nodes=("w0", "w1")).run() == ELSEWHERE_CODE
+    (exit_event,) = events(run, "exit")
+    assert (exit_event["node"], exit_event["reason"]) == (node, why)
 
 
 def test_the_leader_of_several_nodes_is_asked_for_their_stacks(

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -70,6 +71,14 @@ WAITING = (
 )
 
 
+#: Stands in for the launcher.
+LAUNCHER = (
+    "import os, subprocess, sys\n"
+    "env = {**os.environ, 'TFT_LAUNCHER': str(os.getpid())}\n"
+    "subprocess.run(sys.argv[1:], env=env, start_new_session=True)\n"
+)
+
+
 class Led:
     """A leader that runs."""
 
@@ -112,7 +121,7 @@ def lead(tmp_path: Path) -> Iterator[Callable[..., Led]]:
     (tmp_path / "sitecustomize.py").write_text(TORCHRUN)
     started: list[subprocess.Popen[str]] = []
 
-    def start(text: str, nodes: str = "n0 n1", **more: str) -> Led:
+    def start(text: str, nodes: str = "n0 n1", *, launcher: bool = False, **more: str) -> Led:
         spread = Spread(
             nodes=("n0", "n1"), ranks_per_node=1, address="127.0.0.1", log_dir=tmp_path / "logs",
             flags=(text,) if text else (),
@@ -129,8 +138,9 @@ def lead(tmp_path: Path) -> Iterator[Callable[..., Led]]:
             "SLURM_JOB_ID": str(os.getpid()),
         }
         (tmp_path / "logs").mkdir()
+        argv = [sys.executable, "-c", LAUNCHER, *spread.argv()] if launcher else spread.argv()
         process = subprocess.Popen(
-            spread.argv(), env=env | more, cwd=tmp_path, text=True, stdout=subprocess.DEVNULL
+            argv, env=env | more, cwd=tmp_path, text=True, stdout=subprocess.DEVNULL
         )
         started.append(process)
         return Led(tmp_path, process)
@@ -142,13 +152,13 @@ def lead(tmp_path: Path) -> Iterator[Callable[..., Led]]:
 
 
 def test_the_command_of_a_step_says_all_that_a_job_could_say_otherwise() -> None:
-    command = over_nodes(2, ["python"], "128")
+    command = over_nodes(2, ["python"], cpus="128", gpus="8")
     assert command[0] == "srun"
     assert command[-1] == "python"
     for flag in ("--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--overlap", "--export=ALL"):
         assert flag in command
-    assert "--cpus-per-task=128" in command
-    assert not any("cpus" in word for word in over_nodes(2, ["python"]))
+    assert {"--cpus-per-task=128", "--gpus-per-node=8"} <= set(command)
+    assert not any("pus-per" in word for word in over_nodes(2, ["python"]))
 
 
 def test_what_a_leader_is_told_is_what_it_reads() -> None:
@@ -186,6 +196,15 @@ def test_a_part_that_fails_ends_the_others_and_is_named(lead: Callable[..., Led]
 
 def test_nothing_outlives_a_leader_that_is_killed(lead: Callable[..., Led]) -> None:
     led = lead(WAIT)
+    ranks = led.processes()
+    led.process.kill()
+    eventually(lambda: gone(ranks), 8)
+
+
+def test_nothing_outlives_a_launcher_that_is_killed(
+    lead: Callable[..., Led], tmp_path: Path
+) -> None:
+    led = lead(WAIT, launcher=True)
     ranks = led.processes()
     led.process.kill()
     eventually(lambda: gone(ranks), 8)

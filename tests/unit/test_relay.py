@@ -139,3 +139,13 @@ def test_a_server_that_falls_silent_is_connected_to_anew() -> None:
                 assert client.recv(10) == b"2"
                 client.sendall(b"3")
                 assert client.recv(10) == b"", "no answer: the connection is ended"
+
+
+def test_it_says_whether_the_server_can_be_reached(servers: list[Echo]) -> None:
+    place: list[tuple[str, int] | None] = [servers[0].place]
+    with Relay(lambda: place[0]) as relay:
+        assert relay.reaches()
+        servers[0].end()
+        assert not relay.reaches()
+        place[0] = None
+        assert not relay.reaches(), "nobody knows where it is"
