@@ -33,7 +33,7 @@ from launcher.keeper import ELSEWHERE_CODE
 from launcher.local import SIGN_EVERY, TIME, LocalError, LocalFiles, LocalNode, LocalTask, State
 from launcher.local_lighthouse import OwnLighthouse
 from launcher.model import KitError
-from launcher.payload import say
+from launcher.payload import say, signal_name
 from launcher.process import start_time
 from launcher.rundir import RunDir
 
@@ -108,8 +108,8 @@ class Daemon:
             while not self._ended:
                 try:
                     self.look()
-                except OSError as error:  # a full disk, no more processes: not for ever
-                    self._complain(f"something cannot be done now: {error}")
+                except Exception as error:  # a full disk, perhaps: the run's life hangs on us
+                    self._complain(f"something cannot be done now: {error!r}")
                     time.sleep(SIGN_EVERY)
                 time.sleep(LOOK_EVERY)
         finally:
@@ -155,7 +155,7 @@ class Daemon:
         then = self._running[index].then
         before = self._running[index].not_before
         self._running[index] = Running(not_before=before)
-        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        how = f"exit code {code}" if code >= 0 else signal_name(-code)
         if then == "cancel":
             state = "CANCELLED"
         elif then == "requeue" or code == ELSEWHERE_CODE:

@@ -109,8 +109,8 @@ class OwnLighthouse:
         argv = [sys.executable, "-m", "launcher", "lighthouse", "up", f"--host={HOST}"]
         argv += [f"--port={self._port}", f"--name={self._folder.path.name}"]
         argv += [f"--outputs={self._outputs.root}"]
-        self._folder.path.mkdir(parents=True, exist_ok=True)
         try:
+            self._folder.path.mkdir(parents=True, exist_ok=True)
             with self._folder.supervisor_log.open("ab") as log:
                 # By SIGTERM it withdraws its address, and ends what it has started.
                 self._pid = self._children.start(argv, self._env, log, log, signal.SIGTERM)

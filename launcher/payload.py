@@ -152,13 +152,13 @@ def why(failures: Path, code: int = 1) -> str:
         who = f"rank {first['rank']} (pid {first['pid']})"
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         if code > 128:
-            return f"torchrun was killed by {_signal_name(code - 128)}"
+            return f"torchrun was killed by {signal_name(code - 128)}"
         return "torchrun itself failed; see the lines above"
     if "node" in first:
         who += f" on {first['node']}"
     how = f"exited with code {how_it_ended}"
     if how_it_ended < 0:
-        how = f"was killed by {_signal_name(-how_it_ended)}"
+        how = f"was killed by {signal_name(-how_it_ended)}"
     message = str(first.get("message", ""))
     because = f": {message}" if message and not message.startswith("Signal ") else ""
     others = f" ({len(records) - 1} more ended with it)" if len(records) > 1 else ""
@@ -195,7 +195,8 @@ def _rank_of_blame(record: dict[str, Any]) -> tuple[int, float]:
     return order, float(record["time"])
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """Its name; its number in words where it has none (a real-time signal)."""
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from launcher.local import Local
-from launcher.model import UsageError
+from launcher.model import KitError, UsageError
 from launcher.rundir import RunDir
 from launcher.slurm import Job, Node, Slurm
 
@@ -35,14 +35,17 @@ class Scheduler(Protocol):
 
 def cluster_of(run: RunDir) -> str:
     """``"slurm"`` or ``"local"``, as the run's manifest says. (Before its first task has written
-    that, a local run has a daemon.)
+    that, or when it is damaged: a local run has a daemon.)
 
     Raises:
-        UsageError: the manifest is not one of ours, or names another kind.
+        UsageError: the manifest names another kind.
     """
-    if not run.manifest_path.exists():
+    try:
+        cluster = run.manifest().cluster if run.manifest_path.exists() else ""
+    except KitError:
+        cluster = ""
+    if not cluster:
         return LOCAL if run.local.is_dir() else SLURM
-    cluster = run.manifest().cluster
     if cluster not in (SLURM, LOCAL):
         raise UsageError(f"{run.manifest_path} names a cluster of an unknown kind: {cluster!r}")
     return cluster
@@ -52,7 +55,7 @@ def scheduler_of(run: RunDir, slurm: Scheduler | None = None) -> Scheduler:
     """Who runs the tasks of ``run``; ``slurm``: what to ask where that is Slurm.
 
     Raises:
-        UsageError: the run's manifest cannot be understood.
+        UsageError: the run's manifest names a cluster of an unknown kind.
     """
     if cluster_of(run) == LOCAL:
         return Local(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,15 +18,19 @@ import psutil
 import pytest
 
 from launcher import local_run, stages
+from launcher.care import View, needed
 from launcher.demo import Demo
 from launcher.events import ReplicaLogReader
+from launcher.findings import Snapshot
 from launcher.lighthouse import Address, LighthouseDir, discover
 from launcher.local import Array, Local, LocalError, LocalFiles, LocalNode, LocalTask, State
 from launcher.model import BlindError, KitError, UsageError
 from launcher.process import start_time, still_runs
 from launcher.rundir import Outputs, RunDir
 from launcher.scheduler import cluster_of, scheduler_of
-from launcher.slurm import Slurm
+from launcher.slurm import Job, Slurm
+from launcher.state import RunState
+from launcher.watcher import Watcher
 from tests.conftest import REPOSITORY, FakeRun
 from tests.unit.conftest import MANIFEST
 
@@ -295,6 +300,8 @@ def test_who_runs_a_run_is_in_its_manifest(run: RunDir, fake_run: FakeRun) -> No
     del manifest["cluster"]
     run.manifest_path.write_text(json.dumps(manifest))
     assert cluster_of(run) == "slurm", "as older manifests, which do not say it"
+    run.manifest_path.write_text("{")
+    assert cluster_of(run) == "local", "it cannot be read, and a daemon is there"
     run.manifest_path.write_text(json.dumps({**manifest, "cluster": "cloud"}))
     with pytest.raises(UsageError, match="cloud"):
         scheduler_of(run, slurm)
@@ -445,3 +452,20 @@ def test_the_demo_plays_elsewhere_where_a_sandbox_does_not_come_up(tmp_path: Pat
         "== No Slurm here (it does not come up: mknod was refused",
     ]
     assert len(cleaned) == 2
+
+
+def test_what_is_told_names_who_runs_the_tasks(run: RunDir) -> None:
+    state = RunState(2, 100)
+    with Watcher([], state, job=50, slurm=Local(run)):
+        assert state.scheduler == "the daemon"
+    state.group(1).attempt = 1
+    failed = Job(job_id=50, array_job_id=50, task=1, state="FAILED", node="", reason="None")
+    (action,) = needed(View(state=state, now=100.0, jobs=[failed]))
+    assert (action.kind, action.why) == ("requeue", "the daemon says FAILED")
+    waits = dataclasses.replace(failed, state="PENDING", reason="Resources")
+    (notice,) = state.observe([waits], 101.0)
+    assert notice.text == "replica 1 requeued by the daemon, waiting (Resources)"
+    here = Snapshot(state=state, now=100.0, job="50")
+    assert here.requeue(1) == "`python -m launcher local requeue tft-50 1`"
+    there = Snapshot(state=RunState(2, 100), now=100.0, job="50")
+    assert there.requeue(1) == "`scontrol requeue 50_1`"
