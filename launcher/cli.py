@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from launcher import doctor_cli, drill_cli, lighthouse_cli, local_cli, submit_cli
+from launcher import doctor_cli, drill_cli, lighthouse_cli, submit_cli
 from launcher.lighthouse_cli import OUTPUTS, OutputsOption, say
 from launcher.model import KitError, ReportFormat
 
@@ -30,9 +30,9 @@ app.command("list")(submit_cli.list_runs)
 app.command("status")(submit_cli.status)
 app.command("cancel")(submit_cli.cancel)
 app.command("scale")(submit_cli.scale)
+app.command("requeue")(submit_cli.requeue)
 app.add_typer(lighthouse_cli.app, name="lighthouse")
 app.add_typer(drill_cli.app, name="drill")
-app.add_typer(local_cli.app, name="local")
 app.add_typer(sandbox_app, name="sandbox")
 app.command("doctor")(doctor_cli.doctor)
 

@@ -190,8 +190,9 @@ def _time_limit(target: Target) -> list[Step]:
 
 def _requeue(target: Target) -> list[Step]:
     if target.local:
-        local = (target.python, "-m", "launcher", "local", "requeue")
-        return [Step(argv=(*local, target.run, str(target.task)))]
+        return [
+            Step(argv=(target.python, "-m", "launcher", "requeue", target.run, str(target.replica)))
+        ]
     return [Step(argv=("scontrol", "requeue", target.name))]
 
 

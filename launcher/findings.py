@@ -76,7 +76,7 @@ class Snapshot:
     def requeue(self, replica: int) -> str:
         """The command that ends a replica group and starts it again."""
         if self.local:
-            return f"`python -m launcher local requeue tft-{self.job} {replica}`"
+            return f"`python -m launcher requeue tft-{self.job} {replica}`"
         return f"`scontrol requeue {self.job}_{replica}`"
 
     def drain(self, host: str) -> str:

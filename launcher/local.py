@@ -158,7 +158,7 @@ class LocalFiles:
         if not still_runs(state.pid, state.process_started):
             raise BlindError(
                 f"the daemon of {name} (pid {state.pid}) is gone, and its tasks with it: "
-                f"`python -m launcher local down {name}` puts that on record, and ends what "
+                f"`python -m launcher cancel {name}` puts that on record, and ends what "
                 f"is left; its log: {self.log}"
             )
         with contextlib.suppress(OSError):

@@ -158,45 +158,6 @@ def _left_behind(run: RunDir) -> list[int]:
     return found
 
 
-def find(outputs: Outputs, name: str | None) -> RunDir:
-    """The local run of that name; None: the one that goes on, else the newest.
-
-    Raises:
-        UsageError: there is none, or several go on.
-    """
-    if name is not None:
-        run = outputs.find(name)
-        if not run.local.is_dir():
-            raise UsageError(f"{run.name} is no run of one machine: Slurm runs it")
-        return run
-    runs = [run for run in outputs.runs() if run.local.is_dir()]
-    if not runs:
-        raise UsageError(f"no runs of one machine under {outputs.torchft}")
-    going = [run for run in runs if _goes_on(run)]
-    if len(going) > 1:
-        names = ", ".join(run.name for run in going)
-        raise UsageError(f"several runs go on ({names}): name one")
-    return (going or runs)[-1]
-
-
-def status(run: RunDir) -> list[str]:
-    """How a run stands, a line for each of its tasks.
-
-    Raises:
-        BlindError: its daemon cannot be asked.
-    """
-    state = LocalFiles(run).living()
-    head = f"run {run.name}: " + (
-        "ended" if state.ended else f"daemon pid {state.pid}, lighthouse {state.lighthouse}"
-    )
-    rows = [
-        f"task {task.task}  {task.state:<10}  {task.node or '-'}  restarts {task.restarts}"
-        + (f"  ({task.reason})" if task.reason != "None" else "")
-        for task in state.tasks
-    ]
-    return [head, *rows]
-
-
 def next_steps(run: RunDir) -> list[str]:
     """What a person may want to do with a run that has just been started."""
     state = LocalFiles(run).state()
@@ -204,15 +165,8 @@ def next_steps(run: RunDir) -> list[str]:
         f"run {run.name}: {len(state.tasks)} tasks on this machine, lighthouse {state.lighthouse}",
         f"  follow it:  python -m launcher monitor {run.name}",
         f"  its logs:   {os.path.relpath(run.path)}",
-        f"  end it:     python -m launcher local down {run.name}",
+        f"  end it:     python -m launcher cancel {run.name}",
     ]
-
-
-def _goes_on(run: RunDir) -> bool:
-    try:
-        return not LocalFiles(run).state().ended
-    except KitError:
-        return False
 
 
 def _environment(

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher import local_run, orders, process
+from launcher import lease, local_run, orders, process
 from launcher.files import read_json
 from launcher.lighthouse import LighthouseDir
 from launcher.model import BlindError, GroupState, KitError, UsageError
@@ -122,6 +122,24 @@ def _was_started_for_a_run(folder: LighthouseDir) -> bool:
     with contextlib.suppress(OSError):
         return b"\0--with-run\0" in Path(f"/proc/{address.pid}/cmdline").read_bytes()
     return False
+
+
+def requeue(run: RunDir, replica: int, slurm: Scheduler) -> None:
+    """End a replica group's task if it runs, and start it again.
+
+    Raises:
+        UsageError: the run has no such group.
+        KitError: the scheduler refused, or could not be asked.
+    """
+    manifest = run.manifest()
+    if not 0 <= replica < manifest.group_size:
+        raise UsageError(f"{run.name} has replica groups 0 to {manifest.group_size - 1}")
+    held = lease.current(run.lease(replica))
+    task = replica if held is None else held.task
+    jobs = [job for job in slurm.jobs(*run.arrays()) if job.task == task]
+    if not jobs:
+        raise UsageError(f"replica {replica} of {run.name} has no task that is known any more")
+    slurm.requeue(jobs[0].name)
 
 
 # -- scale -------------------------------------------------------------------------------

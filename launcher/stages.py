@@ -157,7 +157,8 @@ class LocalStage:
 
     def start(self, tell: Tell) -> RunDir:
         config, flags = JOB_SETTINGS["TFT_CONFIG"], ["--training.steps", str(self._steps)]
-        tell(f"$ python -m launcher local up {config} --replicas {REPLICAS} -- {shlex.join(flags)}")
+        words = f"{config} --cluster local --replicas {REPLICAS} -- {shlex.join(flags)}"
+        tell(f"$ python -m launcher submit {words}")
         # Not by a command of its own: one that is interrupted would leave a run that nobody knows.
         self._run = local_run.up(
             self._outputs, Path(config), replicas=REPLICAS, flags=flags, env=self._env

@@ -175,6 +175,21 @@ def scale(
     runs.scale(_named(run, outputs), replicas, Slurm(), os.environ, say=say)
 
 
+def requeue(
+    run: RunArgument,
+    replica: Annotated[int, typer.Argument(min=0, help="Which replica group.")],
+    outputs: OutputsOption = OUTPUTS,
+) -> None:
+    """End a replica group's task, and start it again; it heals from its peers."""
+    from launcher import runs
+    from launcher.scheduler import scheduler_of
+    from launcher.slurm import Slurm
+
+    chosen = _named(run, outputs)
+    runs.requeue(chosen, replica, scheduler_of(chosen, Slurm()))
+    say(f"replica {replica} of {chosen.name} is requeued")
+
+
 def _named(name: str, outputs: Path) -> Any:
     from launcher.rundir import Outputs
 

@@ -33,8 +33,8 @@ def shell(workspace: Workspace) -> Workspace:
 
 
 def start(shell: Workspace, steps: int) -> RunDir:
-    config = ("configs/debug-cpu.toml", "--replicas", "2")
-    said = shell.launcher("local", "up", *config, "--", "--training.steps", str(steps))
+    config = ("configs/debug-cpu.toml", "--cluster", "local", "--replicas", "2")
+    said = shell.launcher("submit", *config, "--", "--training.steps", str(steps))
     name = said.split(":")[0].removeprefix("run ")
     return shell.outputs.find(name)
 
@@ -87,11 +87,11 @@ def test_a_task_that_is_killed_whole_comes_back_and_the_run_finishes(shell: Work
         told = shell.launcher("monitor", run.name, "--once")
         for part in ("replica 1 is requeued", "RECOVERED", "DONE"):
             assert part in told
-        assert "task 1  COMPLETED" in shell.launcher("local", "status", run.name)
+        assert [job.state for job in scheduler_of(run).jobs(run.number)] == ["COMPLETED"] * 2
         assert shell.launcher("report", run.name).strip().endswith("report.html")
         assert run.manifest().cluster == "local"
     finally:
-        shell.launcher("local", "down", run.name)
+        shell.launcher("cancel", run.name)
 
 
 @pytest.mark.timeout(90)
@@ -99,6 +99,7 @@ def test_down_leaves_no_process(shell: Workspace) -> None:
     run = start(shell, 5000)
     eventually(lambda: run.events(1).is_file() and '"start"' in run.events(1).read_text(), 30, "up")
     assert psutil.pid_exists(rank(run, 1))
-    assert "is ended" in shell.launcher("local", "down")
+    assert run.name in shell.launcher("list")
+    assert "is ended" in shell.launcher("cancel", run.name)
     assert not processes_mentioning(run.name)
-    assert "task 0  CANCELLED" in shell.launcher("local", "status", run.name)
+    assert [job.state for job in scheduler_of(run).jobs(run.number)] == ["CANCELLED"] * 2

@@ -341,4 +341,4 @@ def test_a_run_of_one_machine_has_no_nodes_to_break(
     target = aimed(local, fake_run, "kill-rank")
     assert target.at_node == (), "everything of it is on this machine"
     (step,) = KINDS["requeue"].steps(target)
-    assert step.argv[1:] == ("-m", "launcher", "local", "requeue", str(run.path), "1")
+    assert step.argv[1:] == ("-m", "launcher", "requeue", str(run.path), "1")

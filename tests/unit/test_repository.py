@@ -135,7 +135,6 @@ ORDER = [
     "soak",
     "drill_command",
     "lighthouse_cli",
-    "local_cli",
     "drill_cli",
     "submit_cli",
     "doctor_cli",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import runs
+from launcher import lease, runs
 from launcher.model import BlindError, UsageError
 from launcher.rundir import Manifest, Outputs, RunDir
 from launcher.slurm import Slurm
@@ -176,3 +176,16 @@ def test_a_list_needs_slurms_word(elastic: RunDir, fake_run: FakeRun) -> None:
     assert list(runs.listed(outputs, Slurm(fake_run))) == []
     (row,) = runs.listed(outputs, Slurm(fake_run), every=True)
     assert row.state == "ended early"
+
+
+def test_the_task_that_runs_a_group_is_requeued(elastic: RunDir, fake_run: FakeRun) -> None:
+    fake_run.on("squeue", out=tasks("RUNNING", "RUNNING", "RUNNING"))
+    fake_run.on("scontrol", "requeue")
+    runs.requeue(elastic, 1, Slurm(fake_run))
+    lease.take(elastic.lease(1), replica=1, task=2, host="w2")  # a spare has taken its place
+    runs.requeue(elastic, 1, Slurm(fake_run))
+    assert [call[2] for call in fake_run.calls if call[0] == "scontrol"] == ["50_1", "50_2"]
+    with pytest.raises(UsageError, match="has replica groups 0 to 3"):
+        runs.requeue(elastic, 4, Slurm(fake_run))
+    with pytest.raises(UsageError, match="no task that is known any more"):
+        runs.requeue(elastic, 3, Slurm(fake_run))
