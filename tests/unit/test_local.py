@@ -438,7 +438,7 @@ def test_the_demo_plays_elsewhere_where_a_sandbox_does_not_come_up(tmp_path: Pat
 
 def test_what_is_told_names_who_runs_the_tasks(run: RunDir) -> None:
     state = RunState(2, 100)
-    with Watcher([], state, job=50, slurm=Local(run)):
+    with Watcher([], state, run=None, slurm=Local(run)):
         assert state.scheduler == "the daemon"
     state.group(1).attempt = 1
     failed = Job(job_id=50, array_job_id=50, task=1, state="FAILED", node="", reason="None")
