@@ -296,27 +296,27 @@ def _lighthouse(snapshot: Snapshot) -> Iterator[Finding]:
 
 def _gpus(snapshot: Snapshot) -> Iterator[Finding]:
     for group in snapshot.state.groups.values():
-        where = f"of {group.host} (replica {group.replica})"
-        drain = snapshot.drain(group.host)
-        for t, gpu, xid in list(group.xids)[-1:]:
+        for t, host, gpu, xid in list(group.xids)[-1:]:
             if snapshot.now - t < XID_SECONDS:
                 yield Finding(
                     kind="gpu_xid",
                     severity=Severity.CRITICAL,
                     replica=group.replica,
-                    message=f"the driver reported Xid {xid} on GPU {gpu} {where}: look it up in "
-                    f"NVIDIA's list of Xid errors; if it comes again, {drain}",
+                    message=f"the driver reported Xid {xid} on GPU {gpu} of {host} (replica "
+                    f"{group.replica}): look it up in NVIDIA's list of Xid errors; if it comes again, "
+                    f"{snapshot.drain(host)}",
                 )
         warm = sorted(s["celsius"] for s in group.gpus.values() if s.get("celsius") is not None)
         usual = warm[len(warm) // 2] if len(warm) > 2 else None
-        for gpu, sample in group.gpus.items():
-            new = int(sample.get("ecc") or 0) - group.ecc_before.get(gpu, 0)
+        for (host, gpu), sample in group.gpus.items():
+            where = f"of {host} (replica {group.replica})"
+            new = int(sample.get("ecc") or 0) - group.ecc_before.get((host, gpu), 0)
             if new > 0:
                 yield Finding(
                     kind="gpu_ecc",
                     severity=Severity.CRITICAL,
                     replica=group.replica,
-                    message=f"{new} uncorrected memory errors on GPU {gpu} {where}: {drain}",
+                    message=f"{new} uncorrected memory errors on GPU {gpu} {where}: {snapshot.drain(host)}",
                 )
             if sample.get("slowed"):
                 yield Finding(
@@ -334,6 +334,10 @@ def _gpus(snapshot: Snapshot) -> Iterator[Finding]:
                     message=f"GPU {gpu} {where} has {sample['celsius']} degrees, its peers {usual}: "
                     "check its cooling before it throttles",
                 )
+
+
+def _drain(host: str) -> str:
+    return f"`scontrol update NodeName={host} State=DRAIN`"
 
 
 RULES: tuple[Rule, ...] = (

@@ -67,9 +67,9 @@ class Group:
     expected_start: str = ""
     """When Slurm means to start it, while it waits."""
     signs: list[Sign] = field(default_factory=list)
-    gpus: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Newest sample of each GPU of its node."""
-    ecc_before: dict[int, int] = field(default_factory=dict)
+    gpus: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    """Newest sample of each GPU, by node and index."""
+    ecc_before: dict[tuple[str, int], int] = field(default_factory=dict)
     """Uncorrected memory errors each GPU had at the first sample of this attempt."""
     boot: dict[str, float] = field(default_factory=dict)
     """Where the time of its newest start went, seconds by phase, in their order: torchrun,
@@ -78,8 +78,8 @@ class Group:
     """Start of its newest attempt, Unix seconds."""
     boot_at: float = 0.0
     """When the newest of those phases ended, Unix seconds."""
-    xids: deque[tuple[float, int, int]] = field(default_factory=lambda: deque(maxlen=16))
-    """(time, GPU, Xid) of the driver's newest errors."""
+    xids: deque[tuple[float, str, int, int]] = field(default_factory=lambda: deque(maxlen=16))
+    """(time, node, GPU, Xid) of the driver's newest errors."""
 
     @property
     def pace(self) -> float | None:
@@ -124,4 +124,4 @@ def replaced(group: Group, event: Event) -> bool:
     attempt, host = event.get("attempt"), event.get("host")
     if isinstance(attempt, int):
         return attempt < group.attempt
-    return bool(host and group.host and host != group.host)
+    return bool(host and group.host and host not in (group.host, *group.nodes))

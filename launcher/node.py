@@ -14,13 +14,16 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher import nodecheck, stacks, wire
+from launcher import nodecheck, records, stacks, wire
 from launcher.command import Torchrun
 from launcher.config import Site
+from launcher.environment import Task
 from launcher.files import overwrite
+from launcher.gpus import GpuSampler
 from launcher.model import KitError, UsageError
 from launcher.payload import GONE_SECONDS, Payload
 from launcher.rundir import node_events
@@ -103,6 +106,7 @@ class _Node:
         if not self._problem:
             if not self._waits:
                 self._await_others()
+                self._sample_gpus()
             self._torchrun.log_dir.mkdir(parents=True, exist_ok=True)
             payload = Payload(self._torchrun.argv(self._flags), self._env, self._look)
             code = payload.run()
@@ -191,9 +195,18 @@ class _Node:
         try:
             text = json.dumps({"flags": list(message["flags"]), "env": env})
             overwrite(self._assignment, text)
+            self._sample_gpus()
         except OSError as error:
             self._problem = f"{self._name}: ranks that wait cannot be told what to be: {error}"
             self._must_end = self._problem
+
+    def _sample_gpus(self) -> None:
+        """From now on, to the end; the launcher does it on the first node."""
+        if self._rank == 0 or self._site.device != "cuda":
+            return
+        replica, attempt = (int(self._env[name]) for name in ("REPLICA_GROUP_ID", "TFT_ATTEMPT"))
+        task = Task(replica=replica, attempt=attempt, node=self._name)
+        GpuSampler(partial(records.append, Path(self._env["TFT_EVENTS"]), task)).__enter__()
 
     def _collect_stacks(self) -> None:
         with contextlib.suppress(KeyError, ValueError, OSError):

@@ -36,7 +36,12 @@ def endings_in(path: Path) -> list[Ending]:
 
 
 def note(run: RunDir, task: Task, kind: str, /, **fields: object) -> None:
-    """Append one event to the replica group's structured log; a full disk is no reason to die."""
+    """Append one event to the replica group's structured log."""
+    append(run.events(task.replica), task, kind, **fields)
+
+
+def append(path: Path, task: Task, kind: str, /, **fields: object) -> None:
+    """Append one event to ``path``; a full disk is no reason to die."""
     event = {
         "t": round(time.time(), 3),
         "kind": kind,
@@ -46,7 +51,7 @@ def note(run: RunDir, task: Task, kind: str, /, **fields: object) -> None:
         **fields,
     }
     try:
-        with open(run.events(task.replica), "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(event, separators=(",", ":")) + "\n")
     except OSError as error:
         complain(f"an event was lost: {error}")

@@ -314,14 +314,16 @@ class RunState(Outages):
     def _gpu(self, group: Group, event: Event) -> Iterable[Notice]:
         index = int(event.get("gpu", -1))
         if 0 <= index < 64:
-            group.gpus[index] = dict(event.fields)
-            group.ecc_before.setdefault(index, int(event.get("ecc") or 0))
+            gpu = (str(event.get("host") or group.host), index)
+            group.gpus[gpu] = dict(event.fields)
+            group.ecc_before.setdefault(gpu, int(event.get("ecc") or 0))
         return ()
 
     def _xid(self, group: Group, event: Event) -> Iterable[Notice]:
         gpu, xid = int(event.get("gpu", -1)), int(event.get("xid", 0))
-        group.xids.append((event.t, gpu, xid))
-        yield Notice(event.t, f"Xid {xid} on GPU {gpu} of {group.host} (replica {group.replica})")
+        host = str(event.get("host") or group.host)
+        group.xids.append((event.t, host, gpu, xid))
+        yield Notice(event.t, f"Xid {xid} on GPU {gpu} of {host} (replica {group.replica})")
 
     def _weights(self, group: Group, event: Event) -> Iterable[Notice]:
         step, rank = int(event.get("step", -1)), int(event.get("rank", -1))

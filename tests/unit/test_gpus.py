@@ -80,7 +80,8 @@ def test_a_node_without_nvml_is_silent() -> None:
 
 def test_what_follows_for_the_one_who_watches() -> None:
     state = RunState(1)
-    state.apply(Event(t=1.0, kind="launch", replica=0, fields={"attempt": 1, "host": "w-3"}))
+    launch = {"attempt": 1, "host": "w-3", "nodes": ["w-3", "w-4"]}
+    state.apply(Event(t=1.0, kind="launch", replica=0, fields=launch))
     for kind, fields in sampled():
         state.apply(Event(t=2.0, kind=kind, replica=0, fields=fields))
     more = {"gpu": 0, "celsius": 60, "slowed": [], "ecc": 7}
@@ -90,5 +91,13 @@ def test_what_follows_for_the_one_who_watches() -> None:
     assert "Xid 79 on GPU 2 of w-3" in found["gpu_xid"].message
     assert found["gpu_ecc"].message.startswith("2 uncorrected memory errors on GPU 0 of w-3")
     assert "84 degrees, its peers 63" in found["gpu_hot"].message
+    # On another node of the group the same index is another GPU.
+    other = {"gpu": 0, "host": "w-4", "celsius": 60, "slowed": [], "ecc": 90}
+    for kind, fields in (("gpu", other), ("xid", {"gpu": 0, "host": "w-4", "xid": 48})):
+        state.apply(Event(t=3.5, kind=kind, replica=0, fields=fields))
+    found = {finding.kind: finding for finding in judge(Snapshot(state=state, now=4.0))}
+    assert found["gpu_ecc"].message.startswith("2 uncorrected memory errors on GPU 0 of w-3")
+    assert "Xid 48 on GPU 0 of w-4 (replica 0)" in found["gpu_xid"].message
+    assert "NodeName=w-4 State=DRAIN" in found["gpu_xid"].message
     later = Snapshot(state=state, now=4000.0)
     assert "gpu_xid" not in {finding.kind for finding in judge(later)}

@@ -263,6 +263,42 @@ def test_an_unfit_node_says_so(lead: Callable[..., Led], tmp_path: Path) -> None
     assert why(led.failures) == "unfit node: n1: slurm/node-check.sh says: the fan is off"
 
 
+#: Stands in for NVIDIA's library: one GPU, which has an Xid error.
+NVML = """
+import types
+NVML_MEMORY_ERROR_TYPE_UNCORRECTED = NVML_VOLATILE_ECC = nvmlEventTypeXidCriticalError = 0
+NVML_TEMPERATURE_GPU = 0
+told = []
+def nothing(*args): return 0
+nvmlInit = nvmlShutdown = nvmlDeviceGetHandleByIndex = nvmlDeviceGetMemoryInfo = nothing
+nvmlDeviceGetTotalEccErrors = nvmlDeviceRegisterEvents = nvmlEventSetCreate = nothing
+nvmlDeviceGetRetiredPagesPendingStatus = nvmlDeviceGetCurrentClocksEventReasons = nothing
+def nvmlDeviceGetCount(): return 1
+def nvmlDeviceGetTemperature(*args): return 61
+def nvmlEventSetWait_v2(*args):
+    if told: raise TimeoutError
+    told.append(1)
+    return types.SimpleNamespace(device=0, eventData=79)
+"""
+
+
+def test_the_gpus_of_every_further_node_are_watched(
+    lead: Callable[..., Led], tmp_path: Path
+) -> None:
+    (tmp_path / "pynvml.py").write_text(NVML)
+    run = tmp_path / "tft-5"
+    run.mkdir()
+    who = {"REPLICA_GROUP_ID": "3", "TFT_ATTEMPT": "2", "TFT_DEVICE": "cuda"}
+    led = lead(WAIT, TFT_EVENTS=str(run / "tft-5_3.events.jsonl"), **who)
+    led.ranks()
+    events = run / "tft-5_3.node-1.events.jsonl"
+    eventually(lambda: events.is_file() and len(events.read_text().splitlines()) == 2)
+    gpu, xid = map(json.loads, events.read_text().splitlines())
+    assert (gpu["kind"], gpu["host"], gpu["replica"], gpu["celsius"]) == ("gpu", "n1", 3, 61)
+    assert (xid["kind"], xid["attempt"], xid["gpu"], xid["xid"]) == ("xid", 2, 0, 79)
+    assert [path.name for path in run.iterdir()] == [events.name], "the launcher has the first's"
+
+
 def test_a_signal_reaches_every_node(lead: Callable[..., Led]) -> None:
     mark = "import signal\nsignal.signal(15, lambda *a: (open(f'{out}/{node}.term', 'w'), sys.exit(1)))\n"
     led = lead(mark + WAIT)
