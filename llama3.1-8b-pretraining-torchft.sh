@@ -29,7 +29,7 @@
 #SBATCH --cpus-per-task=128
 #SBATCH --exclusive
 #SBATCH --requeue
-#SBATCH --signal=B:USR2@120
+#SBATCH --signal=B:USR2@600
 #SBATCH --open-mode=append
 #SBATCH --output=outputs/torchft/.slurm/tft-%A_%a.out
 #SBATCH --error=outputs/torchft/.slurm/tft-%A_%a.err

@@ -201,6 +201,8 @@ def _taken_over(view: View) -> Iterator[Action]:
         incident = view.state.open_incident(group.replica)
         if incident is None or incident.rejoined_at is not None or group.ended_ok:
             continue
+        if 0 < view.state.group_size <= group.replica:
+            continue  # the run has been scaled down
         if group.next == Next.NEVER.value or not _out(view, group):
             continue
         fitting = [spare for spare in free if spare.host not in _nodes_of(incident)]
@@ -225,7 +227,7 @@ def _out(view: View, group: Group) -> bool:
 def _may_come_back(group: Group) -> bool:
     """A failed task whose launcher was killed, or could not requeue itself. One that never
     started its training failed for something that a person must mend."""
-    if group.attempt == 0 or group.ended_ok or group.next == Next.NEVER.value:
+    if group.attempt == 0 or group.ended_ok or group.left or group.next == Next.NEVER.value:
         return False
     # One that was told to end, by whomever, is CANCELLED or pending if that was meant. (It may also
     # have been killed before it could do what it said it would.)

@@ -168,6 +168,12 @@ VARIABLES = (
         meaning="requeues of a replica group in an hour that commits no step; 0: it ends instead",
     ),
     Variable(
+        name="TFT_TIME_LIMIT_NOTICE",
+        default="600",
+        meaning="seconds before its time limit at which Slurm tells a task of it (the job script's "
+        "`--signal`): even groups leave then and are requeued, odd ones at half of it",
+    ),
+    Variable(
         name="TFT_DRILLS",
         default="0",
         meaning="1: ranks take the signals of the drills `hang` and `oom`",
@@ -212,11 +218,7 @@ VARIABLES = (
         default="warn",
         meaning="log level of torchft's native part in a replica",
     ),
-    Variable(
-        name="RUST_BACKTRACE",
-        default="1",
-        meaning="backtraces of torchft's native part",
-    ),
+    Variable(name="RUST_BACKTRACE", default="1", meaning="backtraces of torchft's native part"),
 )
 
 DEFAULT_CONFIG = "configs/llama3.1-8b.toml"
@@ -263,6 +265,8 @@ class Site:
     """Replica groups that the run may grow to; 0: those that it starts with."""
     run: str
     """Run to join; empty: the array is one of its own."""
+    notice: float
+    """Seconds before a task's time limit at which Slurm tells of it."""
     limits: Limits
     """How often a failing replica group is started again."""
 
@@ -301,6 +305,7 @@ class Site:
             "TFT_DATALOADER_SAVE_EVERY",
             "TFT_SPARES",
             "TFT_MAX_REPLICAS",
+            "TFT_TIME_LIMIT_NOTICE",
             "TFT_RESTARTS",
             "TFT_REQUEUES",
         ):
@@ -343,6 +348,7 @@ class Site:
             spares=int(env.get("TFT_SPARES") or 0),
             max_replicas=int(env.get("TFT_MAX_REPLICAS") or 0),
             run=env.get("TFT_RUN", ""),
+            notice=float(env.get("TFT_TIME_LIMIT_NOTICE") or 600),
             limits=Limits(
                 here=int(env.get("TFT_RESTARTS") or Limits().here),
                 elsewhere=int(env.get("TFT_REQUEUES") or Limits().elsewhere),

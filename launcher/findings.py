@@ -336,10 +336,6 @@ def _gpus(snapshot: Snapshot) -> Iterator[Finding]:
                 )
 
 
-def _drain(host: str) -> str:
-    return f"`scontrol update NodeName={host} State=DRAIN`"
-
-
 RULES: tuple[Rule, ...] = (
     _gpus,
     _blind,

@@ -32,6 +32,8 @@ class GuardianChild:
         self._next = self._looked = 0.0
         self.over = False
         """Whether it has said that its run is over."""
+        self.tried = False
+        """Whether it has ended at least once."""
 
     def due(self) -> bool:
         """Whether it is time to look again at which run there is to guard."""
@@ -42,11 +44,12 @@ class GuardianChild:
         now = self._looked = time.monotonic()
         if run != self._run:
             self.end()
-            self._run, self._pause, self._next, self.over = run, FIRST_PAUSE, 0.0, False
+            self._run, self._pause, self._next = run, FIRST_PAUSE, 0.0
+            self.tried = self.over = False
         process = self._process
         if process is not None and process.poll() is not None:
             self._process = None
-            self.over = process.returncode in DONE
+            self.tried, self.over = True, process.returncode in DONE
             self._next = now + (LOOK_AGAIN if process.returncode in DONE else self._pause)
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
             return

@@ -68,7 +68,7 @@ class Keeper:
         """Sets of ranks that have waited so far, for a group or for the next start of this one."""
         self._warm = Warm(plan)
         self._must_end = ""
-        self._departure = leaving.Departure()
+        self._departure = leaving.Departure(plan.site.notice)
         self._payload: Payload | None = None
         self._port = 0
         self._reaches_lighthouse: Callable[[], bool] = lambda: True
@@ -242,9 +242,9 @@ class Keeper:
                 reason = f"{UNFIT}{node} reaches neither {other} nor the lighthouse"
             complain(f"{self._name} failed: {reason}{where}")
             return Ended(code=code or 1, reason=reason, trained=self._has_trained(), node=node)
-        elif self._departure.told and self._departure.time_is_up:
-            return Ended(code=ELSEWHERE_CODE, reason=TIME_IS_UP, trained=True)
-        elif self._departure.told:
+        elif self._departure.left(run.events(task.replica), self._events_from):
+            if self._departure.time_is_up:
+                return Ended(code=ELSEWHERE_CODE, reason=TIME_IS_UP, trained=True)
             reason = leaving.LEFT
             say(f"{self._name} {reason}")
         else:
@@ -297,11 +297,11 @@ class Keeper:
                 self._stood_by += 1
                 self._warm.prepare(run.standby_ranks(task.index, self._stood_by), done)
             order = self._orders.of_attempt(task.replica, task.attempt)
-            if self._departure.overdue:
+            if self._departure.overdue(task.replica):
                 self._end_attempt(done, TIME_IS_UP)
                 return
             leaves = order.why if order is not None and order.do == "leave" else ""
-            if leaves or self._departure.time_is_up:
+            if leaves or self._departure.turn(task.replica):
                 self._departure.tell(run, task, self._events_from, leaves or TIME_IS_UP)
             elif order is not None:
                 complain(f"{self._name} is to end: {order.why}; its stacks are collected first")

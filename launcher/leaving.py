@@ -13,6 +13,7 @@ import signal
 import time
 from pathlib import Path
 
+from launcher import records
 from launcher.environment import Task
 from launcher.files import overwrite
 from launcher.payload import say
@@ -22,18 +23,25 @@ from launcher.rundir import RunDir
 MARGIN_SECONDS = 3.0
 #: Commits from which the length of a step is taken.
 COMMITS = 8
-#: Seconds for a group to leave, of the two minutes before its time limit.
+#: Seconds for a group to leave when its time limit is near.
 LEAVE_SECONDS = 60.0
 #: Why a group that has left ended.
 LEFT = "left the run, as it was told to"
 
 
 class Departure:
-    """Whether a replica group is to leave: because it was told to, or its time limit is near."""
+    """Whether a replica group is to leave: because it was told to, or its time limit is near.
 
-    def __init__(self) -> None:
+    Tasks of an array reach their time limits together. So the groups leave in two turns, the even
+    ones first: they are back, with another time limit, when the odd ones leave, which heal from them.
+    """
+
+    def __init__(self, notice: float) -> None:
+        """``notice``: seconds before the time limit at which Slurm tells of it."""
         self.told = False
         """Whether the ranks of this attempt have been told."""
+        self._notice = notice
+        self._began = time.monotonic()
         self._time = 0.0
 
     def listen(self) -> None:
@@ -42,18 +50,32 @@ class Departure:
         signal.signal(signal.SIGUSR2, lambda number, frame: self.note_time())
 
     def note_time(self) -> None:
-        """Slurm says that the time limit is near (SIGUSR2, two minutes before)."""
-        self._time = self._time or time.monotonic()
+        """Slurm says that the time limit is near (SIGUSR2)."""
+        now = time.monotonic()
+        if now - self._began < self._notice:
+            say("the time limit is too short for a requeue before it: it ends this task")
+        else:
+            self._time = self._time or now
 
     @property
     def time_is_up(self) -> bool:
         """Whether the time limit is near: the group leaves, and is requeued."""
         return self._time > 0
 
-    @property
-    def overdue(self) -> bool:
+    def turn(self, replica: int) -> bool:
+        """Whether it is this group's turn to leave for its time limit."""
+        wait = self._notice / 2 if replica % 2 else 0.0
+        return self.time_is_up and time.monotonic() - self._time >= wait
+
+    def overdue(self, replica: int) -> bool:
         """Whether it has had its time to leave, and is still there."""
-        return self.time_is_up and time.monotonic() - self._time > LEAVE_SECONDS
+        wait = (self._notice / 2 if replica % 2 else 0.0) + LEAVE_SECONDS
+        return self.time_is_up and time.monotonic() - self._time > wait
+
+    def left(self, events: Path, start: int) -> bool:
+        """Whether the attempt whose ``events`` begin at ``start`` ended because it was told to, and
+        not at the last step."""
+        return self.told and records.said(events, start, "leave")
 
     def tell(self, run: RunDir, task: Task, start: int, why: str) -> None:
         """Tell the ranks, once an attempt, when to leave.

@@ -54,6 +54,8 @@ class Address:
     """Start time of that process, Unix seconds: process ids are reused."""
     user: str
     started: float
+    with_run: bool = False
+    """Whether it ends with the run that it serves."""
     serving: str = ""
     """``host:port`` of the lighthouse's own process, new at every start of it; ``url`` is the
     supervisor's, which stays. Empty: the same."""

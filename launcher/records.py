@@ -64,6 +64,14 @@ def size(events: Path) -> int:
     return 0
 
 
+def said(events: Path, start: int, kind: str) -> bool:
+    """Whether the log has an event of that kind after that many bytes."""
+    with contextlib.suppress(OSError), events.open("rb") as file:
+        file.seek(start)
+        return any(f'"kind":"{kind}"'.encode() in line for line in file)
+    return False
+
+
 def committed(events: Path, start: int) -> bool:
     """Whether the log tells of a committed step after that many bytes.
 

@@ -355,7 +355,7 @@ class RunState(Outages):
         if reason.startswith(UNFIT):
             self.unfit[node or group.host] = event.t
         name = f"replica {group.replica} (attempt {group.attempt})"
-        if code == 0:
+        if code == 0 or 0 < self.group_size <= group.replica:
             group.ended_ok = True
             self.enter(group, GroupState.DONE, event.t)
             what = "left the run" if group.left else "finished"

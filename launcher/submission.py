@@ -301,10 +301,10 @@ def _lighthouse(
     host = submission.resolved.get("lighthouse_host") or socket.gethostname()
     for folder in _folders(outputs):
         address = _address(folder)
-        if address is not None and _is_free(folder, address, slurm):
+        if address is not None and not address.with_run and _is_free(folder, address, slurm):
             say(f"lighthouse {address.url} is up, and serves no run")
             return address.url, folder
-    return _new_lighthouse(submission, outputs, host, undo, say)
+    return _new_lighthouse(submission, outputs, host, slurm, undo, say)
 
 
 def _folders(outputs: Outputs) -> list[LighthouseDir]:
@@ -333,6 +333,7 @@ def _new_lighthouse(
     submission: Submission,
     outputs: Outputs,
     host: str,
+    slurm: Slurm,
     undo: contextlib.ExitStack,
     say: Callable[[str], None],
 ) -> tuple[str, LighthouseDir]:
@@ -343,6 +344,8 @@ def _new_lighthouse(
         if port_holder(port):
             continue
         folder = LighthouseDir.of(outputs, f"http://{host}:{port}")
+        if not _let_go(folder, slurm):
+            continue
         words = [word for word in submission.lighthouse if word != "--detach"]
         argv = [sys.executable, *words[1:], f"--host={host}", f"--port={port}"]
         try:
@@ -354,6 +357,15 @@ def _new_lighthouse(
         say(f"lighthouse up at {address.url} (pid {address.pid}); it ends with the run")
         return address.url, folder
     raise KitError(f"no lighthouse could be started on ports {given}: {problem}")
+
+
+def _let_go(folder: LighthouseDir, slurm: Slurm) -> bool:
+    """Forget the run that a lighthouse of that place served before; False while it lives."""
+    folder.release_if_ended(slurm)
+    try:
+        return folder.claimed_by() is None
+    except KitError:
+        return False
 
 
 def _stop(folder: LighthouseDir, say: Callable[[str], None]) -> None:

@@ -70,7 +70,8 @@ class Supervisor:
         self._folder = folder
         self._guardian = GuardianChild(guardian, folder.path / "guardian.log", environ)
         self._with_run = with_run
-        self._began = time.monotonic()
+        self._claimed = time.monotonic()
+        """When it was last claimed by a run; its own start before that."""
         self._stop = threading.Event()
         self._child: LighthouseChild | None = None
         self._ready = False
@@ -207,12 +208,18 @@ class Supervisor:
             with contextlib.suppress(KitError, OSError):
                 run = self._folder.claimed_by()
                 self._guardian.tend(f"tft-{run}" if run is not None else None)
-                self._end_with_run(run)
+                if self._with_run:
+                    self._end_with_run(run)
 
     def _end_with_run(self, run: int | None) -> None:
-        unused = run is None and time.monotonic() - self._began > UNUSED_SECONDS
-        if self._with_run and (unused or self._guardian.over):
-            self._say("no run has come" if run is None else f"run tft-{run} is over")
+        if run is not None:
+            self._claimed = time.monotonic()
+        gone = run is not None and not self._outputs.run_of_array(run).path.is_dir()
+        if run is None and time.monotonic() - self._claimed > UNUSED_SECONDS:
+            self._say("no run has come")
+            self._stop.set()
+        elif run is not None and (self._guardian.over or (gone and self._guardian.tried)):
+            self._say(f"run tft-{run} is over")
             self._stop.set()
 
     def _end_child(self) -> None:
@@ -232,6 +239,7 @@ class Supervisor:
                 user=getpass.getuser(),
                 started=time.time(),
                 join_timeout_ms=self._settings.join_timeout_ms,
+                with_run=self._with_run,
                 serving=serving,
             )
         )
@@ -285,7 +293,11 @@ def start_detached(argv: list[str], folder: LighthouseDir) -> Address:
         address = folder.address()
         return process.poll() is not None or (address is not None and address.pid == process.pid)
 
-    wait_until(published, START_SECONDS + 5)
+    try:
+        wait_until(published, START_SECONDS + 5)
+    except BaseException:  # Ctrl-C
+        process.terminate()
+        raise
     address = folder.address()
     if process.poll() is None and address is not None and address.pid == process.pid:
         (folder.path / "lighthouse.pid").write_text(f"{process.pid}\n")

@@ -106,6 +106,7 @@ def shell(cluster: Workspace, tmp_path: Path) -> Iterator[Workspace]:
             "TORCHFT_LIGHTHOUSE": f"http://127.0.0.1:{PORT}",
             "TFT_RANKS_PER_NODE": "1",
             "TFT_MIN_STEP_SECONDS": "0.3",
+            "TFT_TIME_LIMIT_NOTICE": "4",
             "TFT_EXTRA_ARGS": "--training.steps 5000",
         }
     )
@@ -153,7 +154,7 @@ def test_a_run_survives_whatever_happens_to_its_processes(
 
         # Its time limit is near, Slurm says: it leaves between two steps, and is requeued.
         failed = [g.failed_commits for g in going.state.groups.values()]
-        near = ("scancel", "--batch", "--signal=USR2", f"{going.job}_1")
+        near = ("scancel", "--batch", "--signal=USR2", f"{going.job}_1")  # as Slurm itself would
         limit = going.after(lambda: shell.sh(*near))
         assert limit.why.startswith("time limit")
         assert [g.failed_commits for g in going.state.groups.values()] == failed

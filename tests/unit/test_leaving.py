@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from launcher import leaving
+from launcher.care import View, needed
 from launcher.events import Event, parse_replica_event
 from launcher.model import GroupState
+from launcher.spares import Spare
 from launcher.state import RunState
 
 
@@ -38,6 +42,34 @@ def test_it_is_told_by_a_file(tmp_path: Path) -> None:
     events = commits(tmp_path / "e", (1.0, 5, 0), (2.0, 6, 0))
     leaving.tell(tmp_path / "ranks" / "leave", events, 0)
     assert (tmp_path / "ranks" / "leave").read_text() == "10\n"
+
+
+def test_groups_leave_in_two_turns_when_their_time_limit_is_near(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(leaving.time, "monotonic", lambda: now[0])
+    departure = leaving.Departure(600.0)
+    departure.note_time()
+    assert not departure.time_is_up, "a limit that short comes again: it ends the task"
+    now[0] += 3000
+    departure.note_time()
+    assert (departure.turn(0), departure.turn(1)) == (True, False)
+    now[0] += 61
+    assert (departure.overdue(0), departure.overdue(1)) == (True, False)
+    now[0] += 240
+    assert departure.turn(1)
+    assert not departure.overdue(1)
+
+
+def test_a_group_that_trains_to_the_last_step_has_not_left(tmp_path: Path) -> None:
+    departure = leaving.Departure(600.0)
+    events = tmp_path / "e"
+    events.write_text('{"t":1,"kind":"leave"}\n')
+    assert not departure.left(events, 0), "nobody told it to"
+    departure.told = True
+    assert departure.left(events, 0)
+    assert not departure.left(events, events.stat().st_size), "that was the attempt before"
 
 
 def event(t: float, kind: str, replica: int | None, **fields: object) -> Event:
@@ -81,6 +113,20 @@ def test_a_run_that_grows_waits_for_its_new_groups() -> None:
     assert not state.seen_full
     state.apply(quorum(20.0, 0, 1, 2))
     assert state.seen_full
+
+
+def test_a_group_that_must_be_ended_when_the_run_shrinks_is_no_loss() -> None:
+    state = RunState(3)
+    for replica in range(3):
+        state.apply(event(1.0, "launch", replica, attempt=1, host=f"w{replica}"))
+    state.apply(quorum(2.0, 0, 1, 2))
+    state.apply(event(10.0, "resize", None, replicas=2))
+    state.apply(event(70.0, "exit", 2, attempt=1, host="w2", code=143, reason="stopped by SIGTERM"))
+    state.apply(quorum(72.0, 0, 1))
+    assert state.groups[2].state is GroupState.DONE
+    assert state.incidents == []
+    spare = Spare(task=3, host="w3", t=72.0)
+    assert needed(View(state=state, now=73.0, spares=[spare])) == []
 
 
 def test_a_group_that_was_waiting_when_the_run_shrank_is_done() -> None:
