@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,15 @@ PROFILES = Path("configs/clusters")
 #: What a run file says of itself.
 PROFILE_KEY = "profile"
 #: Keys that name something secret: a file that is shared is no place for those.
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|WEBHOOK", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(^|_)(TOKEN|SECRET|PASS(WORD|WD)?|PAT|KEY|WEBHOOK|CREDENTIALS?)(_|$)", re.IGNORECASE
+)
+#: Flags of sbatch that are not a site's to give; shorter forms of them are refused, too.
+_TAKEN = (
+    "array", "export", "export-file", "parsable", "wrap", "output", "error", "requeue", "no-requeue",
+    "wait", "test-only", "signal", "open-mode", "chdir", "nodes", "ntasks", "ntasks-per-node",
+    "gpus", "gpus-per-node", "gpus-per-task", "cpus-per-task", "clusters", "job-name",
+)  # fmt: skip
 #: Names of environment variables.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -63,7 +72,10 @@ def resolve(
         profile = profile or env.get("TFT_PROFILE", "") or named
     profile = profile or env.get("TFT_PROFILE", "")
     if profile:
-        layers.append(_of_file(profile_path(profile), problems, of_a_run=False)[0])
+        try:
+            layers.append(_of_file(profile_path(profile), problems, of_a_run=False)[0])
+        except UsageError as error:
+            problems.append(str(error))
     if problems:
         raise UsageError("\n  ".join(["these settings are wrong:", *problems]))
     return _merged(layers)
@@ -136,6 +148,9 @@ def _of_file(path: Path, problems: list[str], *, of_a_run: bool) -> tuple[Layer,
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"{path} cannot be read: {error}")
         return Layer({}, {}), ""
+    except RecursionError:
+        problems.append(f"{path}: not valid YAML: it is nested too deeply")
+        return Layer({}, {}), ""
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
@@ -150,10 +165,13 @@ def _of_file(path: Path, problems: list[str], *, of_a_run: bool) -> tuple[Layer,
     lines: dict[str, int] = {}
     for key_node, _ in tree.value:
         key, line = str(key_node.value), key_node.start_mark.line + 1
+        if key_node.tag != "tag:yaml.org,2002:str":
+            problems.append(f"{path}:{line}: {key} is no text, as every key must be")
+            return Layer({}, {}), ""
         if key in lines:
             problems.append(f"{path}:{line}: {key} is said twice (line {lines[key]})")
         lines[key] = line
-    said = {str(key): value for key, value in raw.items() if value is not None}
+    said = {key: value for key, value in raw.items() if value is not None}
     named = str(said.pop(PROFILE_KEY, "") if of_a_run else "")
     for key in [key for key in said if key in BY_KEY]:
         if BY_KEY[key].of_a_run and not of_a_run:
@@ -185,7 +203,9 @@ def _checked(
         try:
             values[key] = TypeAdapter(kind).validate_python(value, strict=True)
         except ValidationError:
-            problems.append(f"{names[key]} must be {words}, not {value!r}")
+            # (What variables hold may be secret.)
+            what = "" if key == "variables" else f", not {reprlib.repr(value)}"
+            problems.append(f"{names[key]} must be {words}{what}")
             continue
         problems += _more_problems(key, values[key], names[key])
     return Layer(values, sources)
@@ -198,19 +218,21 @@ def _more_problems(key: str, value: Any, name: str) -> Iterator[str]:
             yield f"{name}: {value} is no range of at least nine ports from 1024 up"
     if key == "sbatch_flags":
         for flag in value:
-            taken = re.match(
-                r"--(array|export|parsable|wrap|output|error|requeue|no-requeue)\b", flag
-            )
-            if taken or not flag.startswith("-"):
-                why = "the launcher sets it" if taken else "it does not begin with '-'"
+            word = flag.partition("=")[0].removeprefix("--")
+            taken = [own for own in _TAKEN if word and own.startswith(word)]
+            if taken or not flag.startswith("--") or not word:
+                why = f"the launcher sets --{taken[0]} itself" if taken else "flags begin with --"
                 yield f"{name}: {flag!r} cannot be given: {why}"
     if key == "variables":
-        known = {v.name for v in VARIABLES} | {s.variable for s in SETTINGS if s.variable}
+        settings = {s.variable: s.key for s in SETTINGS if s.variable}
+        known = {v.name for v in VARIABLES}
         for variable in value:
             if not _NAME.fullmatch(variable):
                 yield f"{name}: {variable!r} is not the name of a variable"
             elif _SECRET.search(variable):
                 yield f"{name}: {variable} is a secret: export it in your shell, keep it out of files"
+            elif variable in settings or variable == "TFT_RUN":
+                yield f"{name}: {variable} cannot be set here: say {settings.get(variable, 'nothing')}"
             elif variable.startswith("TFT_") and variable not in known:
                 near = difflib.get_close_matches(variable, sorted(known), n=1)
                 hint = f": did you mean {near[0]}?" if near else ""

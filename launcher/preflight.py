@@ -44,12 +44,13 @@ class Training:
         return methods.lines(self.method, self.schedule, self.batches)
 
 
-def check(site: Site, groups: int = 0, nodes: int = 1) -> Training:
+def check(site: Site, groups: int = 0, nodes: int = 1, *, on_node: bool = True) -> Training:
     """Check environment, config, tokenizer and data of a job on this node.
 
     Args:
         groups: replica groups of the run; 0 for a job without them.
         nodes: nodes of each of them.
+        on_node: whether this machine's GPUs are those that train.
 
     Raises:
         UsageError: something is missing; says what, where and how to mend it.
@@ -62,7 +63,7 @@ def check(site: Site, groups: int = 0, nodes: int = 1) -> Training:
         _refuse(site.config, _timeouts(settings, site, HSDP))
         return Training(settings=settings, steps=steps)
     try:
-        return _learning(settings, site, groups, nodes, steps)
+        return _learning(settings, site, groups, nodes, steps, on_node)
     except ValueError as error:
         raise UsageError(f"{site.config}: {error}") from error
 
@@ -112,7 +113,12 @@ def check_assets(settings: dict[str, Any], extra: Sequence[str], config: Path) -
 
 
 def _learning(
-    settings: dict[str, Any], site: Site, groups: int, nodes: int, steps: int | None
+    settings: dict[str, Any],
+    site: Site,
+    groups: int,
+    nodes: int,
+    steps: int | None,
+    on_node: bool,
 ) -> Training:
     """How replica groups learn together.
 
@@ -125,6 +131,9 @@ def _learning(
     schedule = methods.schedule(method, settings, extra)
     layout = Layout.of(settings, extra, site.ranks_per_node * nodes)
     interval = _whole(setting(settings, extra, "checkpoint", "interval"), "checkpoint.interval")
+    capability = None
+    if schedule is not None and schedule.quantize:
+        capability = gpus.capability() if on_node else methods.FP8_CAPABILITY
     learning = Learning(
         method=method,
         schedule=schedule,
@@ -132,7 +141,7 @@ def _learning(
         steps=steps,
         device=site.device,
         process_group=str(setting(settings, extra, "fault_tolerance", "process_group") or "gloo"),
-        capability=gpus.capability() if schedule is not None and schedule.quantize else None,
+        capability=capability,
         checkpoint_interval=interval if switch(settings, extra, "checkpoint", "enable") else None,
     )
     found = [*learning.problems(), *_timeouts(settings, site, method)]

@@ -259,6 +259,18 @@ class Slurm:
         """End every task of a job, or one task (``<array job>_<index>``)."""
         self._ok(["scancel", str(job) if isinstance(job, int) else _task_name(job)])
 
+    def commented(self, comment: str) -> list[int]:
+        """Array job ids of this user's live jobs with that comment.
+
+        Raises:
+            BlindError: the controller could not be asked.
+        """
+        done = self._run(["squeue", "--me", "--noheader", "--format=%F|%k"])
+        if done.code != 0:
+            raise _blind(done)
+        rows = (line.partition("|") for line in done.out.splitlines())
+        return sorted({int(array) for array, _, said in rows if said.strip() == comment})
+
     def queued(self, name: str) -> list[int]:
         """This user's jobs of that name that have not ended.
 

@@ -10,9 +10,10 @@ import contextlib
 import getpass
 import json
 import os
+import re
+import secrets
 import shlex
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,18 +25,21 @@ from launcher import local_run, preflight, process
 from launcher.config import Site
 from launcher.files import replace
 from launcher.interrupts import signals_ignored, stop_on_signals
-from launcher.lighthouse import Address, LighthouseDir, alive, responds
-from launcher.lighthouse_child import PORTS
 from launcher.lock import acquire
-from launcher.methods import DDP
+from launcher.methods import DDP, HSDP
 from launcher.model import BlindError, KitError, UsageError
 from launcher.opening import SCRIPT_JOB, TORCHTITAN_JOB, manifest_of
-from launcher.process import port_holder
+from launcher.run_lighthouse import Wanted, find_or_start
 from launcher.rundir import Outputs, RunDir
 from launcher.settings import DEFAULT_PORTS, Resolved, ports
 from launcher.slurm import Slurm
-from launcher.supervisor import start_detached, stop
 
+#: Variables that sbatch takes for flags that are the job script's, and one of the lighthouse's.
+_MISLEADING = frozenset(
+    f"SBATCH_{name}"
+    for name in ("ARRAY_INX", "EXPORT", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "JOB_NAME",
+                 "NO_REQUEUE", "OPEN_MODE", "REQUEUE", "SIGNAL", "WAIT", "OUTPUT", "ERROR")
+) | {"TFT_LIGHTHOUSE_NAME"}  # fmt: skip
 #: What the job script's header asks for.
 HEADER_GPUS, HEADER_CPUS = 8, 128
 #: Seconds that another submission of ours may take.
@@ -87,6 +91,16 @@ class Submission:
         return [*said, "", f"# {self.job[0]}", *text.splitlines()]
 
 
+def cleaned(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what belongs to a job that this may run in, and without what would
+    change an array of ours behind our back."""
+    return {
+        name: value
+        for name, value in env.items()
+        if (not name.startswith("SLURM_") or name == "SLURM_CONF") and name not in _MISLEADING
+    }
+
+
 def plan(resolved: Resolved, env: Mapping[str, str]) -> Submission:
     """Check everything that can be checked before something is started.
 
@@ -103,7 +117,15 @@ def plan(resolved: Resolved, env: Mapping[str, str]) -> Submission:
         raise UsageError(f"--max-replicas {most} is less than --replicas {replicas}")
     if not Path(TORCHTITAN_JOB).is_file():
         raise UsageError(f"{Path.cwd()} is not the root of the repository: submit from there")
+    if env.get("TFT_RUN"):
+        raise UsageError(
+            f"TFT_RUN is {env['TFT_RUN']}, and a submission is a run of its own: unset it"
+        )
+    env = cleaned(env)
     handed = resolved.environment()
+    for name in resolved.get("variables", {}):
+        if name in env:  # a shell's word is stronger than a file's
+            del handed[name]
     if resolved.get("max_replicas"):
         handed["TFT_MAX_REPLICAS"] = str(most)
     # Tasks take it from their GPUs; here there are none to count.
@@ -112,14 +134,16 @@ def plan(resolved: Resolved, env: Mapping[str, str]) -> Submission:
         handed["TFT_RANKS_PER_NODE"] = str(ranks)
     job = [TORCHTITAN_JOB]
     if script := resolved.get("script"):
-        if resolved.get("config"):
+        if resolved.get("config") and not resolved.sources["config"].startswith("$"):
             raise UsageError("a run has a torchtitan config or a script of yours, not both")
         job = [SCRIPT_JOB, script, *resolved.get("flags", ())]
         handed.pop("TFT_EXTRA_ARGS", None)
     site = Site.from_environment({**env, **handed})
     nodes = resolved.get("nodes_per_replica", 1)
     training = (
-        preflight.check_script(site, script) if script else preflight.check(site, most, nodes)
+        preflight.check_script(site, script)
+        if script
+        else preflight.check(site, most, nodes, on_node=False)
     )
     spares = site.spares
     return Submission(
@@ -129,7 +153,9 @@ def plan(resolved: Resolved, env: Mapping[str, str]) -> Submission:
         environment=handed,
         flags=_sbatch(resolved, _indices(replicas, most, spares), site),
         job=job,
-        lighthouse=() if resolved.get("lighthouse") else _lighthouse_command(resolved, site),
+        lighthouse=()
+        if resolved.get("lighthouse")
+        else _lighthouse_command(resolved, site, training.method.name),
         replicas=replicas,
         max_replicas=most,
         spares=spares,
@@ -157,21 +183,34 @@ def _sbatch(resolved: Resolved, array: str, site: Site) -> list[str]:
         gpus = 1
     flags += [f"--gpus-per-node={gpus}"] if gpus else []
     flags += [f"--cpus-per-task={cpus}"] if cpus else []
-    return [*flags, *resolved.sbatch_flags()]
+    further = resolved.sbatch_flags()
+    if site.method == DDP.name:
+        further = [
+            _share_of(flag, resolved.get("gpus_per_node") or HEADER_GPUS) for flag in further
+        ]
+    return [*flags, *filter(None, further)]
 
 
-def _lighthouse_command(resolved: Resolved, site: Site) -> list[str]:
+def _share_of(flag: str, gpus: int) -> str:
+    """A flag for a group of one GPU: of a node's memory its share (of "all of it" there is none)."""
+    match = re.fullmatch(r"--mem=(\d+)([KMGT]?)", flag)
+    if match is None:
+        return flag
+    share = int(match[1]) // gpus
+    return f"--mem={share}{match[2]}" if share else ""
+
+
+def _lighthouse_command(resolved: Resolved, site: Site, method: str) -> list[str]:
     words = ["python", "-m", "launcher", "lighthouse", "up", "--with-run", "--detach"]
     words.append(f"--outputs={site.outputs}")
     for key, flag in (
         ("lighthouse_host", "--host"),
         ("lighthouse_bind", "--bind"),
         ("timeouts", "--timeouts"),
-        ("method", "--method"),
     ):
         if value := resolved.get(key):
             words.append(f"{flag}={value}")
-    return words
+    return words if method == HSDP.name else [*words, f"--method={method}"]
 
 
 # -- doing it --------------------------------------------------------------------------
@@ -195,11 +234,28 @@ def submit(
         KitError: a step failed; what was done before is undone.
     """
     outputs = Outputs(submission.site.outputs.absolute())
+    env = cleaned(env)
     with stop_on_signals(), _one_at_a_time(outputs), contextlib.ExitStack() as undo:
-        url, folder = _lighthouse(submission, outputs, slurm_with(env), undo, say)
+        wanted = Wanted(
+            url=(submission.resolved.get("lighthouse") or "").rstrip("/"),
+            host=submission.resolved.get("lighthouse_host") or socket.gethostname(),
+            ports=submission.resolved.get("lighthouse_ports", DEFAULT_PORTS),
+            command=submission.lighthouse,
+            method=submission.training.method,
+            groups=submission.max_replicas,
+        )
+        url, folder = find_or_start(wanted, outputs, env, slurm_with(env), undo, say)
         handed = {**submission.environment, "TORCHFT_LIGHTHOUSE": url}
         slurm = slurm_with({**env, **handed})
-        array = slurm.submit(submission.flags, submission.job[0], submission.script)
+        token = f"tft-submit-{secrets.token_hex(6)}"
+        flags = list(submission.flags)
+        if not any(flag.startswith("--comment=") for flag in flags):
+            flags.append(f"--comment={token}")
+        try:
+            array = slurm.submit(flags, submission.job[0], submission.script)
+        except (BlindError, KeyboardInterrupt):
+            _cancel_lost(slurm, token, say)
+            raise
         undo.callback(_cancel, slurm, array, say)
         folder.claim(array, slurm)
         run = outputs.run_of_array(array)
@@ -274,6 +330,16 @@ def _locked(path: Path) -> IO[str] | None:
         raise KitError(f"cannot write {path}: {error.strerror}") from error
 
 
+def _cancel_lost(slurm: Slurm, token: str, say: Callable[[str], None]) -> None:
+    """Cancel what Slurm may have taken, although it did not say so."""
+    with signals_ignored():
+        try:
+            for array in slurm.commented(token):
+                _cancel(slurm, array, say)
+        except KitError as error:
+            say(f"whether Slurm has taken a job is not known: look at squeue --me ({error})")
+
+
 def _cancel(slurm: Slurm, array: int, say: Callable[[str], None]) -> None:
     with signals_ignored():
         try:
@@ -281,100 +347,6 @@ def _cancel(slurm: Slurm, array: int, say: Callable[[str], None]) -> None:
             say(f"job {array} is cancelled again")
         except KitError as error:
             say(f"job {array} could NOT be cancelled: `scancel {array}` ({error})")
-
-
-def _lighthouse(
-    submission: Submission,
-    outputs: Outputs,
-    slurm: Slurm,
-    undo: contextlib.ExitStack,
-    say: Callable[[str], None],
-) -> tuple[str, LighthouseDir]:
-    """URL and folder of a lighthouse that serves nobody."""
-    if not submission.lighthouse:
-        url = str(submission.resolved.get("lighthouse")).rstrip("/")
-        for folder in _folders(outputs):
-            address = _address(folder)
-            if address is not None and address.url == url:
-                return url, folder
-        return url, LighthouseDir.of(outputs, url)
-    host = submission.resolved.get("lighthouse_host") or socket.gethostname()
-    for folder in _folders(outputs):
-        address = _address(folder)
-        if address is not None and not address.with_run and _is_free(folder, address, slurm):
-            say(f"lighthouse {address.url} is up, and serves no run")
-            return address.url, folder
-    return _new_lighthouse(submission, outputs, host, slurm, undo, say)
-
-
-def _folders(outputs: Outputs) -> list[LighthouseDir]:
-    return [
-        LighthouseDir(path.parent) for path in sorted(outputs.lighthouses.glob("*/address.json"))
-    ]
-
-
-def _address(folder: LighthouseDir) -> Address | None:
-    with contextlib.suppress(KitError):
-        return folder.address()
-    return None
-
-
-def _is_free(folder: LighthouseDir, address: Address, slurm: Slurm) -> bool:
-    """Whether a lighthouse of this user's on this machine answers and serves no run."""
-    with contextlib.suppress(BlindError):  # of another machine
-        if address.user != getpass.getuser() or not alive(address):
-            return False
-        folder.release_if_ended(slurm)
-        return folder.claimed_by() is None and responds(address.url) is None
-    return False
-
-
-def _new_lighthouse(
-    submission: Submission,
-    outputs: Outputs,
-    host: str,
-    slurm: Slurm,
-    undo: contextlib.ExitStack,
-    say: Callable[[str], None],
-) -> tuple[str, LighthouseDir]:
-    given = submission.resolved.get("lighthouse_ports", DEFAULT_PORTS)
-    first, last = ports(given)
-    problem = "every port is taken"
-    for port in range(first, last - PORTS + 1, PORTS + 1):
-        if port_holder(port):
-            continue
-        folder = LighthouseDir.of(outputs, f"http://{host}:{port}")
-        if not _let_go(folder, slurm):
-            continue
-        words = [word for word in submission.lighthouse if word != "--detach"]
-        argv = [sys.executable, *words[1:], f"--host={host}", f"--port={port}"]
-        try:
-            address = start_detached(argv, folder)
-        except UsageError as error:
-            problem = str(error)  # somebody was faster
-            continue
-        undo.callback(_stop, folder, say)
-        say(f"lighthouse up at {address.url} (pid {address.pid}); it ends with the run")
-        return address.url, folder
-    raise KitError(f"no lighthouse could be started on ports {given}: {problem}")
-
-
-def _let_go(folder: LighthouseDir, slurm: Slurm) -> bool:
-    """Forget the run that a lighthouse of that place served before; False while it lives."""
-    folder.release_if_ended(slurm)
-    try:
-        return folder.claimed_by() is None
-    except KitError:
-        return False
-
-
-def _stop(folder: LighthouseDir, say: Callable[[str], None]) -> None:
-    with signals_ignored():
-        try:
-            stop(folder)
-            say("its lighthouse is ended again")
-        except KitError as error:
-            say(f"its lighthouse could NOT be ended: {error}")
 
 
 def next_steps(run: RunDir, submission: Submission) -> list[str]:

@@ -272,7 +272,9 @@ def _is_alive_here(address: Address) -> bool:
         return answers(address.url, 1.0) is None
 
 
-def start_detached(argv: list[str], folder: LighthouseDir) -> Address:
+def start_detached(
+    argv: list[str], folder: LighthouseDir, env: Mapping[str, str] | None = None
+) -> Address:
     """Run ``argv`` (a foreground ``lighthouse up``) in the background; wait until it serves.
 
     Raises:
@@ -286,6 +288,7 @@ def start_detached(argv: list[str], folder: LighthouseDir) -> Address:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            env=env,
             start_new_session=True,
         )
 

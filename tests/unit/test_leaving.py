@@ -48,7 +48,7 @@ def test_groups_leave_in_two_turns_when_their_time_limit_is_near(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr(leaving.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     departure = leaving.Departure(600.0)
     departure.note_time()
     assert not departure.time_is_up, "a limit that short comes again: it ends the task"

@@ -104,6 +104,7 @@ ORDER = [
     "guardian",
     "live",
     "interrupts",
+    "run_lighthouse",
     "submission",
     "runs",
     "jobs",

@@ -92,7 +92,7 @@ def test_every_problem_is_told_at_once_with_file_and_line(tmp_path: Path) -> Non
         f"{bad}:6: variables: TFT_WARN is not a variable of this kit: did you mean TFT_WARM?",
         f"{bad}:6: variables: HF_TOKEN is a secret",
         f"{bad}:6: variables: 'a b' is not the name of a variable",
-        f"{bad}:7: sbatch_flags: '--array=1' cannot be given: the launcher sets it",
+        f"{bad}:7: sbatch_flags: '--array=1' cannot be given: the launcher sets --array itself",
         f"{bad}:7: sbatch_flags: 'nonsense' cannot be given",
         f"{bad}:8: lighthouse_ports: 29510-29511 is no range of at least nine ports",
     ):
