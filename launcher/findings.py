@@ -75,9 +75,7 @@ class Snapshot:
 
     def requeue(self, replica: int) -> str:
         """The command that ends a replica group and starts it again."""
-        if self.local:
-            return f"`python -m launcher requeue tft-{self.job} {replica}`"
-        return f"`scontrol requeue {self.job}_{replica}`"
+        return f"`python -m launcher requeue tft-{self.job} {replica}`"
 
     def drain(self, host: str) -> str:
         """What leaves a node out."""

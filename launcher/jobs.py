@@ -21,7 +21,7 @@ import submitit
 from submitit.core.core import InfoWatcher
 from submitit.core.utils import JobPaths, UncompletedJobError
 
-from launcher import layers, runs, submission
+from launcher import layers, runs, spares, submission
 from launcher.model import KitError, UsageError
 from launcher.rundir import Manifest, Outputs, RunDir
 from launcher.scheduler import LOCAL, SLURM, Scheduler, scheduler_of
@@ -98,8 +98,14 @@ class GroupWatcher(InfoWatcher):
             self._info_dict[job.name] = info | {"Since": since or str(time.time())}
         for name in self._registered - {job.name for job in found}:
             # Slurm forgets jobs some minutes after their end.
-            if self._info_dict.get(name, {}).get("State", UNKNOWN) not in (UNKNOWN, *FINAL_STATES):
-                self._info_dict[name]["State"] = "COMPLETED"
+            if self._info_dict.get(name, {}).get("State") not in FINAL_STATES:
+                gone = {
+                    "JobID": name,
+                    "State": "COMPLETED",
+                    "NodeList": "",
+                    "Since": str(time.time()),
+                }
+                self._info_dict[name] = gone
 
     def update_if_long_enough(self, mode: str) -> None:
         if mode == "force" or (
@@ -145,8 +151,13 @@ class GroupJob(submitit.Job[Outcome]):
         self.watcher = watcher
         super().__init__(run.path, name)
         self._slurm, self._run = slurm, run
-        self.replica = int(name.rpartition("_")[2])
-        self._paths = _GroupPaths(run, name, self.replica)
+        self.task_index = int(name.rpartition("_")[2])
+        self._paths = _GroupPaths(run, name, self.task_index)
+
+    @property
+    def replica(self) -> int | None:
+        """The replica group that it runs, or ran last; None: a spare that stands ready."""
+        return spares.role(self._run, self._run.manifest(), self.task_index)
 
     def cancel(self, check: bool = True) -> None:
         """End this task; the run goes on without it.
@@ -166,14 +177,17 @@ class GroupJob(submitit.Job[Outcome]):
 
     def outcome(self) -> Outcome | None:
         """How its newest attempt ended; None while it has not."""
-        return outcome(self._run.events(self.replica), self.replica)
+        replica = self.replica
+        return None if replica is None else outcome(self._run.events(replica), replica)
 
     def _get_outcome_and_result(self) -> tuple[str, Any]:
         found = self.outcome()
+        if found is None and self.replica is None:
+            return "success", None  # a spare that was not needed
         if found is None:
-            words = self._run.last_words(self.replica)
+            words = self._run.last_words(self.task_index)
             raise UncompletedJobError(
-                f"replica {self.replica} ended ({self.state}) without a word of its own"
+                f"task {self.task_index} ended ({self.state}) without a word of its own"
                 + (f"; its error log says: {words}" if words else "")
             )
         if found.code != 0:
@@ -205,7 +219,12 @@ class Run:
             BlindError: Slurm cannot be asked.
         """
         tasks = sorted(self._slurm.jobs(*self._run.arrays()), key=lambda job: job.task or 0)
-        return [GroupJob(self._run, self._slurm, self._watcher, job.name) for job in tasks]
+        names = [job.name for job in tasks]
+        if not names:  # Slurm has forgotten them
+            manifest = self._run.manifest()
+            count = (manifest.replicas or manifest.group_size) + manifest.spares
+            names = [f"{self._run.number}_{index}" for index in range(count)]
+        return [GroupJob(self._run, self._slurm, self._watcher, name) for name in names]
 
     @property
     def finished(self) -> bool:
@@ -267,6 +286,8 @@ def submit(
         UsageError: bad settings; nothing was submitted.
         KitError: a step failed; what was done before is undone.
     """
+    if isinstance(flags, str):
+        raise UsageError(f"flags is a list of words, not {flags!r}: split it")
     if cluster not in (SLURM, LOCAL):
         raise UsageError(f"cluster must be {SLURM!r} or {LOCAL!r}, not {cluster!r}")
     env = dict(os.environ if env is None else env)

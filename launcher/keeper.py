@@ -136,7 +136,7 @@ class Keeper:
         if problem := self._unfit():
             return Ended(code=ELSEWHERE_CODE, reason=problem)
         folder, flags = self._plan.run.ranks(task.replica, task.attempt), self._plan.flags(task)
-        folder.mkdir(parents=True, exist_ok=True)
+        leaving.prepare(self._plan.run, task)
         warm = self._warm.take(flags, env)
         if warm is None:
             return self._run(self._plan.argv(folder, flags), env, self._watch)
@@ -334,7 +334,7 @@ class Keeper:
             if order is not None and self._still_lost(order):
                 spares.withdraw(run.groups, task.index)
                 task, env = self._begin(order.replica)
-                run.ranks(task.replica, task.attempt).mkdir(parents=True, exist_ok=True)
+                leaving.prepare(run, task)
                 if not standby.become(self._plan.flags(task), env):
                     self._end_attempt(done, "its ranks cannot be told what to be")
                 self._watch(done)

@@ -92,6 +92,17 @@ class Departure:
         tell(run.leave(task.replica, task.attempt), run.events(task.replica), start)
 
 
+def prepare(run: RunDir, task: Task) -> None:
+    """Make an attempt's folder, with an empty file of its departure: a network file system goes on
+    to say for half a minute that there is none, once it was asked before it was written.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    run.ranks(task.replica, task.attempt).mkdir(parents=True, exist_ok=True)
+    run.leave(task.replica, task.attempt).touch()
+
+
 def tell(path: Path, events: Path, start: int) -> None:
     """Tell a group's ranks when to leave.
 

@@ -52,6 +52,8 @@ class Observed:
     last_event: float = 0.0
     seconds_full: float = 0.0
     seconds_below_full: float = 0.0
+    wanted_seconds: float = 0.0
+    """Integral of the run's size over the same time; it may be scaled."""
     member_seconds: float = 0.0
     """Integral of the quorum's size over time, for the mean participation."""
     lighthouse_starts: int = 0
@@ -138,6 +140,8 @@ class Observed:
             return
         seconds = max(0.0, t - self.quorum_since)
         self.member_seconds += seconds * len(self.members)
+        if self.seen_full or len(self.members) >= self.size:
+            self.wanted_seconds += seconds * self.size
         if len(self.members) >= self.size:
             self.seconds_full += seconds
         elif self.seen_full:

@@ -88,8 +88,6 @@ def enter(site: Site, env: Mapping[str, str], slurm: Scheduler, script: Sequence
     waits = 0 if address is None else address.join_timeout_ms
     if problem := lighthouse_problem(training.method, groups, waits):
         raise UsageError(problem)
-    if site.run:
-        run.join(mine.array)
     folder.claim(run.number, slurm)
     if not run.manifest_path.exists():
         try:
@@ -110,6 +108,8 @@ def enter(site: Site, env: Mapping[str, str], slurm: Scheduler, script: Sequence
     )
     manifest = run.create(first)
     _refuse_misfits(site, run, manifest, mine.task)
+    if site.run:
+        run.join(mine.array)
     return Opening(run, manifest, scheduler_of(run, slurm), mine, training)
 
 

@@ -16,11 +16,13 @@ from typing import Any
 from launcher import lease, local_run, orders, process
 from launcher.files import read_json
 from launcher.lighthouse import LighthouseDir
+from launcher.lock import acquire
 from launcher.model import BlindError, GroupState, KitError, UsageError
 from launcher.opening import SCRIPT_JOB, TORCHTITAN_JOB
 from launcher.rundir import Manifest, Outputs, RunDir
 from launcher.scheduler import LOCAL, Scheduler, cluster_of, scheduler_of
 from launcher.slurm import Job, Slurm
+from launcher.state import RunState
 from launcher.supervisor import stop
 from launcher.watcher import Watcher
 
@@ -49,7 +51,10 @@ def listed(outputs: Outputs, slurm: Scheduler, *, every: bool = False) -> Iterat
         BlindError: Slurm cannot be asked which of them live.
     """
     for run in reversed(outputs.runs()):
-        scheduler = scheduler_of(run, slurm)
+        try:
+            scheduler = scheduler_of(run, slurm)
+        except KitError:
+            scheduler = slurm
         try:
             live = [job for job in scheduler.jobs(*run.arrays()) if job.live]
         except BlindError:
@@ -57,7 +62,11 @@ def listed(outputs: Outputs, slurm: Scheduler, *, every: bool = False) -> Iterat
                 raise
             live = []  # the daemon of a run of one machine is gone, and its tasks with it
         if live or every:
-            yield _summary(run, live)
+            try:
+                yield _summary(run, live)
+            except (KitError, TypeError, ValueError, AttributeError) as error:
+                why = f"damaged: {error}"
+                yield Summary(run=run.name, started=0.0, state=why, groups="-", step="-")
 
 
 def _summary(run: RunDir, live: list[Job]) -> Summary:
@@ -96,12 +105,13 @@ def cancel(run: RunDir, slurm: Scheduler, say: Callable[[str], None]) -> None:
         local_run.down(run, say)
         return
     arrays = run.arrays()
-    live = {job.array_job_id for job in slurm.jobs(*arrays) if job.live}
-    for array in sorted(live):
+    # Each by itself: of two tasks of one index a common answer has the newer one only.
+    live = [array for array in arrays if any(job.live for job in slurm.jobs(array))]
+    for array in live:
         slurm.cancel(array)
     say(f"run {run.name}: {'cancelled' if live else 'nothing of it is in the queue'}")
     deadline = time.monotonic() + END_SECONDS
-    while any(job.live for job in slurm.jobs(*arrays)):
+    while any(job.live for array in live for job in slurm.jobs(array)):
         if time.monotonic() > deadline:
             raise KitError(f"tasks of {run.name} still end after {END_SECONDS:g} s: squeue tells")
         time.sleep(LOOK_EVERY)
@@ -134,12 +144,17 @@ def requeue(run: RunDir, replica: int, slurm: Scheduler) -> None:
     manifest = run.manifest()
     if not 0 <= replica < manifest.group_size:
         raise UsageError(f"{run.name} has replica groups 0 to {manifest.group_size - 1}")
-    held = lease.current(run.lease(replica))
-    task = replica if held is None else held.task
+    task = task_of(run, replica)
     jobs = [job for job in slurm.jobs(*run.arrays()) if job.task == task]
     if not jobs:
         raise UsageError(f"replica {replica} of {run.name} has no task that is known any more")
     slurm.requeue(jobs[0].name)
+
+
+def task_of(run: RunDir, replica: int) -> int:
+    """Index of the array task that runs a replica group, or ran it last."""
+    held = lease.current(run.lease(replica))
+    return replica if held is None else held.task
 
 
 # -- scale -------------------------------------------------------------------------------
@@ -178,13 +193,16 @@ def scale(
     before = _size(run, manifest)
     if replicas != before:
         _note(run, replicas)
-    with Watcher.of_run(run, slurm) as watcher:
+    with _alone(run), Watcher.of_run(run, slurm) as watcher:
         watcher.look(final=True)
+        if watcher.blind:
+            blind = "; ".join(f"{name}: {why}" for name, why in watcher.blind.items())
+            raise BlindError(f"who trains in {run.name} cannot be seen: {blind}")
         missing, surplus = _differences(watcher, replicas, jobs)
         if missing:
             try:
                 _grow(run, manifest, missing, env, slurm_with, say)
-            except KitError:
+            except BaseException:
                 if replicas != before:
                     _note(run, before)
                 raise
@@ -192,6 +210,16 @@ def scale(
             _shrink(run, watcher, surplus, replicas, slurm, say)
     if not missing and not surplus:
         say(f"{run.name} has {replicas} replica groups, or their tasks are in the queue")
+
+
+@contextlib.contextmanager
+def _alone(run: RunDir) -> Iterator[None]:
+    """Two at once would submit the same tasks twice."""
+    held = acquire(run.path / ".scale.lock")
+    if held is None:
+        raise UsageError(f"{run.name} is being scaled by another command: wait for its end")
+    with held:
+        yield
 
 
 def _differences(watcher: Watcher, replicas: int, jobs: list[Job]) -> tuple[list[int], list[int]]:
@@ -202,7 +230,7 @@ def _differences(watcher: Watcher, replicas: int, jobs: list[Job]) -> tuple[list
     def there(replica: int) -> bool:
         group = state.groups.get(replica)
         task = replica if group is None else group.task_index
-        return task in queued or replica in state.members
+        return task in queued or _trains(state, replica)
 
     missing = [replica for replica in range(replicas) if not there(replica)]
     return missing, [r for r in sorted(state.groups) if r >= replicas and there(r)]
@@ -229,6 +257,15 @@ def _note(run: RunDir, replicas: int) -> None:
         raise KitError(f"cannot write {run.guardian_events}: {error.strerror}") from error
 
 
+def _trains(state: RunState, replica: int) -> bool:
+    """Whether a replica group is there, as far as quorum or its own words say."""
+    group = state.groups.get(replica)
+    if group is None or group.ended:
+        return False
+    own = (GroupState.TRAINING, GroupState.HEALING, GroupState.STALLED)
+    return replica in state.members or group.state in own
+
+
 def _grow(
     run: RunDir,
     manifest: Manifest,
@@ -240,7 +277,9 @@ def _grow(
     flags, job, handed = _record(run, manifest)
     flags = [f for f in flags if not f.startswith(("--array=", "--dependency="))]
     logs = str(run.path / run.name).replace("%", "%%")
-    flags += [f"--array={','.join(map(str, missing))}"]
+    # A group that a spare had taken over is that task's: nobody else would be given it.
+    tasks = [task_of(run, replica) for replica in missing]
+    flags += [f"--array={','.join(map(str, tasks))}"]
     flags += [f"--output={logs}_%a.out", f"--error={logs}_%a.err"]
     # A task that joins is no part of the array that counted its spares.
     handed = {**handed, "TFT_RUN": run.name}
@@ -300,7 +339,7 @@ def _shrink(
                 if group.ended and group.ended_ok:
                     say(f"replica {replica} left at step {group.step}")
                     leaving.discard(replica)
-            elif replica not in state.members or group.ended:
+            elif not _trains(state, replica):
                 _end(run, group.task_index, slurm)
                 say(f"replica {replica} was not training; its task is cancelled")
                 leaving.discard(replica)
@@ -316,6 +355,7 @@ def _shrink(
 
 
 def _end(run: RunDir, task: int, slurm: Scheduler) -> None:
-    for job in slurm.jobs(*run.arrays()):
-        if job.task == task and job.live:
-            slurm.cancel(job.name)
+    for array in run.arrays():
+        for job in slurm.jobs(array):
+            if job.task == task and job.live:
+                slurm.cancel(job.name)

@@ -66,22 +66,23 @@ def figures(state: RunState, now: float | None = None) -> dict[str, float | None
     Returns:
         ``time_to_detect_s``: first sign to first quorum without it, median over incidents;
         ``time_to_recover_s``: that quorum to the first commit after coming back, median;
-        ``steps_lost``: sum over incidents; ``participation``: mean quorum size over group
-        size; ``step_efficiency``: committed over attempted steps; ``training_efficiency``:
+        ``steps_lost``: sum over incidents; ``participation``: mean quorum size over the
+        run's size; ``step_efficiency``: committed over attempted steps; ``training_efficiency``:
         the product of the last two. None where nothing has been measured yet.
     """
     # Of replica groups: the lighthouse is not noticed by a quorum, and comes back in another way.
     groups = [i for i in state.incidents if i.replica is not None]
     detect = [i.detected_at - i.first_sign for i in groups if i.detected_at is not None]
     recover = [i.recovered_at - i.lost_at for i in groups if i.recovered_at is not None]
-    member_seconds, seconds = state.member_seconds, state.seconds_full + state.seconds_below_full
+    member_seconds, wanted = state.member_seconds, state.wanted_seconds
     if state.quorum_since is not None and state.members:
         end = state.last_event if now is None or state.finished else now
         more = max(0.0, end - state.quorum_since)
-        member_seconds, seconds = member_seconds + more * len(state.members), seconds + more
-    participation = (
-        min(1.0, member_seconds / (seconds * state.size)) if seconds and state.size else None
-    )
+        member_seconds, wanted = (
+            member_seconds + more * len(state.members),
+            wanted + more * state.size,
+        )
+    participation = min(1.0, member_seconds / wanted) if wanted else None
     committed = sum(group.commits for group in state.groups.values())
     attempted = committed + sum(group.failed_commits for group in state.groups.values())
     efficiency = committed / attempted if attempted else None

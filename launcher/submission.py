@@ -349,7 +349,7 @@ def _cancel(slurm: Slurm, array: int, say: Callable[[str], None]) -> None:
             say(f"job {array} could NOT be cancelled: `scancel {array}` ({error})")
 
 
-def next_steps(run: RunDir, submission: Submission) -> list[str]:
+def next_steps(run: RunDir, submission: Submission, *, grows: bool = True) -> list[str]:
     """What a person does after a submission."""
     of = f" of {submission.max_replicas}" if submission.max_replicas != submission.replicas else ""
     spares = f" and {submission.spares} spares" if submission.spares else ""
@@ -358,6 +358,6 @@ def next_steps(run: RunDir, submission: Submission) -> list[str]:
         f"run {run.name}: {submission.replicas}{of} replica groups{spares}",
         f"  python -m launcher monitor {run.name}      # what happens; Ctrl-C leaves the run alone",
         f"  tail -F {shlex.quote(where)}/{run.name}_0.out    # its log",
-        f"  python -m launcher scale {run.name} --replicas N",
+        *([f"  python -m launcher scale {run.name} --replicas N"] if grows else []),
         f"  python -m launcher cancel {run.name}",
     ]

@@ -36,6 +36,8 @@ def submit(
     profile: Annotated[
         str, typer.Option(help="Cluster profile: a name in configs/clusters, or a file.")
     ] = "",
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each node.")] = None,
+    cpus_per_node: Annotated[int | None, typer.Option(help="CPUs of each node.")] = None,
     partition: Annotated[str, typer.Option(help="Slurm's partition.")] = "",
     account: Annotated[str, typer.Option(help="Account that is charged.")] = "",
     qos: Annotated[str, typer.Option(help="Quality of service.")] = "",
@@ -76,6 +78,8 @@ def submit(
         "nodes_per_replica": nodes_per_replica,
         "spares": spares,
         "method": method,
+        "gpus_per_node": gpus_per_node,
+        "cpus_per_node": cpus_per_node,
         "partition": partition,
         "account": account,
         "qos": qos,
@@ -96,13 +100,15 @@ def submit(
             say(line)
         return
     planned = submission.plan(resolved, os.environ)
+    if dry_run and cluster == "local":
+        raise UsageError("--dry-run shows what Slurm would get: leave --cluster local out")
     if dry_run:
         for line in planned.lines():
             say(line)
         return
     start = submission.submit_local if cluster == "local" else submission.submit
     run = start(planned, os.environ, say=say)
-    for line in submission.next_steps(run, planned):
+    for line in submission.next_steps(run, planned, grows=cluster == "slurm"):
         say(line)
 
 

@@ -74,7 +74,10 @@ def target_of(
         partition=said.get("partition", ""),
         account=said.get("account", ""),
         qos=said.get("qos", ""),
-        sbatch_flags=tuple(said.get("sbatch_flags", ())),
+        sbatch_flags=(
+            *(f"--{key}={said.get(key)}" for key in ("constraint", "exclude") if said.get(key)),
+            *said.get("sbatch_flags", ()),
+        ),
         interface=site.interface,
         environment=Path(said.get("environment", ".env")),
         device=site.device,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import submitit
 
-from launcher import jobs
+from launcher import jobs, lease
 from launcher.jobs import GroupJob, Run, outcome
 from launcher.model import BlindError, UsageError
 from launcher.rundir import RunDir
@@ -93,6 +93,29 @@ def test_what_slurm_has_forgotten_has_ended(two: Run, fake_run: FakeRun) -> None
     assert job.done()
     with pytest.raises(submitit.core.utils.UncompletedJobError, match="without a word of its own"):
         job.result()
+
+
+def test_a_run_that_slurm_had_forgotten_before_anybody_asked(
+    run: RunDir, fake_run: FakeRun
+) -> None:
+    fake_run.on("squeue", err="slurm_load_jobs error: Invalid job id specified", code=1)
+    say(run, 1, {"kind": "launch", "attempt": 1}, {"kind": "exit", "code": 0, "reason": "finished"})
+    late = Run(run, Slurm(fake_run))
+    assert [job.job_id for job in late.jobs] == ["50_0", "50_1"]
+    assert all(job.done() for job in late.jobs)
+    assert late.jobs[1].result().reason == "finished"
+
+
+def test_a_spare_that_was_not_needed_has_no_outcome(
+    two: Run, run: RunDir, fake_run: FakeRun
+) -> None:
+    lines = "".join(LINE.format(job=50 + n, task=n, state="COMPLETED") for n in range(3))
+    fake_run.on("squeue", out=lines)
+    spare = two.jobs[2]
+    assert spare.replica is None
+    assert spare.result() is None
+    lease.take(run.lease(1), replica=1, task=2, host="w2")
+    assert spare.replica == 1
 
 
 def test_one_task_is_cancelled_and_no_other(two: Run, fake_run: FakeRun) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from launcher import lease, runs
+from launcher.lock import acquire
 from launcher.model import BlindError, UsageError
 from launcher.rundir import Manifest, Outputs, RunDir
 from launcher.slurm import Slurm
+from launcher.watcher import Watcher
 from tests.conftest import FakeRun
 
 LINE = "{job}|50|{task}|{state}|worker-{task}|N/A|None\n"
@@ -189,3 +191,32 @@ def test_the_task_that_runs_a_group_is_requeued(elastic: RunDir, fake_run: FakeR
         runs.requeue(elastic, 4, Slurm(fake_run))
     with pytest.raises(UsageError, match="no task that is known any more"):
         runs.requeue(elastic, 3, Slurm(fake_run))
+
+
+def test_two_at_once_do_not_submit_the_same_tasks(elastic: RunDir, fake_run: FakeRun) -> None:
+    fake_run.on("squeue", out=tasks("RUNNING", "RUNNING"))
+    held = acquire(elastic.path / ".scale.lock")
+    assert held is not None
+    with held, pytest.raises(UsageError, match="is being scaled by another command"):
+        runs.scale(elastic, 4, Slurm(fake_run), {}, say=print)
+
+
+def test_who_cannot_be_seen_is_not_cancelled(
+    elastic: RunDir, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_run.on("squeue", out=tasks("RUNNING", "RUNNING"))
+    monkeypatch.setattr(Watcher, "look", lambda self, final=False: self.blind.update(log="no"))
+    with pytest.raises(BlindError, match="cannot be seen: log: no"):
+        runs.scale(elastic, 1, Slurm(fake_run), {}, say=print)
+    assert not [call for call in fake_run.calls if call[0] == "scancel"]
+
+
+def test_a_damaged_run_is_a_row_like_any(elastic: RunDir, fake_run: FakeRun) -> None:
+    manifest = json.loads(elastic.manifest_path.read_text())
+    elastic.manifest_path.write_text(json.dumps({**manifest, "cluster": "moon"}))
+    fake_run.on("squeue", out=tasks("RUNNING"))
+    (row,) = runs.listed(Outputs(elastic.path.parent.parent), Slurm(fake_run))
+    assert row.run == "tft-50"
+    elastic.manifest_path.write_text(json.dumps({**manifest, "group_size": "2"}))
+    (row,) = runs.listed(Outputs(elastic.path.parent.parent), Slurm(fake_run))
+    assert row.state.startswith(("damaged", "runs"))

@@ -104,6 +104,16 @@ def test_every_problem_is_told_at_once_with_file_and_line(tmp_path: Path) -> Non
     [
         ("a: [", "not valid YAML"),
         ("- a\n- b\n", "must be keys and values"),
+        ("a: &a {x: 1}\n<<: *a\n", "<< is no text, as every key must be"),
+        ("on: 1\n", "on is no text"),
+        ("010: 3\n", "010 is no text"),
+        ("partition: " + "[" * 5000, "not valid YAML"),
+        ("variables: {TFT_MAX_REPLICAS: '8'}\n", "cannot be set here: say max_replicas"),
+        ("variables: {TFT_RUN: tft-1}\n", "TFT_RUN cannot be set here"),
+        ("variables: {AWS_ACCESS_KEY_ID: x}\n", "is a secret"),
+        ("sbatch_flags: [-a0-9]\n", "flags begin with --"),
+        ("sbatch_flags: [--arr=0-9]\n", "the launcher sets --array itself"),
+        ("sbatch_flags: [--wait]\n", "the launcher sets --wait itself"),
         ("just words\n", "must be keys and values"),
         ("? [a, b]\n: c\n", "not valid YAML"),
         ("comment: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
@@ -112,6 +122,18 @@ def test_every_problem_is_told_at_once_with_file_and_line(tmp_path: Path) -> Non
 def test_a_file_that_is_no_profile(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         resolve({}, {}, profile=str(write(tmp_path / "p.yaml", text)))
+
+
+def test_a_secret_is_not_shown_also_where_another_variable_is_wrong(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.yaml", "variables: {HF_TOKEN: hf_abc, OMP_NUM_THREADS: 8}\n")
+    with pytest.raises(UsageError) as caught:
+        resolve({}, {}, profile=str(path))
+    assert "hf_abc" not in str(caught.value)
+
+
+def test_what_only_looks_like_a_secret_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.yaml", "variables: {TOKENIZERS_PARALLELISM: 'false'}\n")
+    assert resolve({}, {}, profile=str(path)).environment() == {"TOKENIZERS_PARALLELISM": "false"}
 
 
 def test_an_unknown_profile_names_the_nearest() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from launcher import lighthouse, submission
 from launcher.layers import resolve
-from launcher.model import KitError, UsageError
+from launcher.model import BlindError, KitError, UsageError
 from launcher.opening import SCRIPT_JOB, TORCHTITAN_JOB
 from launcher.process import Completed
 from launcher.rundir import Outputs
@@ -156,6 +156,56 @@ def test_a_refused_job_leaves_nothing(config: Path, tmp_path: Path) -> None:
             planned(config, tmp_path), {}, say=lambda line: None, slurm_with=fake.with_env
         )
     assert Outputs(tmp_path / "out").runs() == []
+
+
+class SilentSbatch(Sbatch):
+    """Takes the job, and does not say so in time."""
+
+    def __call__(self, argv: Sequence[str]) -> Completed:
+        if argv[0] == "sbatch":
+            self.calls.append(list(argv))
+            self.token = next(a for a in argv if a.startswith("--comment=")).partition("=")[2]
+            raise BlindError("sbatch did not answer within 30 s")
+        if argv[0] == "squeue":
+            self.calls.append(list(argv))
+            return Completed(tuple(argv), 0, f"60|other\n77|{self.token}\n77|{self.token}\n", "")
+        return super().__call__(argv)
+
+
+def test_a_job_that_slurm_took_without_a_word_is_cancelled(config: Path, tmp_path: Path) -> None:
+    fake, told = SilentSbatch(), list[str]()
+    with pytest.raises(BlindError):
+        submission.submit(planned(config, tmp_path), {}, say=told.append, slurm_with=fake.with_env)
+    assert fake.calls[-1] == ["scancel", "77"]
+    assert told == ["job 77 is cancelled again"]
+
+
+def test_what_would_change_the_array_behind_our_back_is_left_out(
+    config: Path, tmp_path: Path
+) -> None:
+    fake = Sbatch()
+    env = {"SBATCH_WAIT": "1", "SBATCH_ARRAY_INX": "0-9", "SLURM_GPUS_ON_NODE": "1",
+           "SLURM_CONF": "/c", "SBATCH_RESERVATION": "r"}  # fmt: skip
+    submission.submit(
+        planned(config, tmp_path), env, say=lambda line: None, slurm_with=fake.with_env
+    )
+    kept = {name for name in env if name in fake.env}
+    assert kept == {"SLURM_CONF", "SBATCH_RESERVATION"}
+
+
+def test_a_submission_is_a_run_of_its_own(config: Path) -> None:
+    found = resolve({"config": str(config), "replicas": 1}, {})
+    with pytest.raises(UsageError, match="TFT_RUN is tft-12"):
+        submission.plan(found, {"TFT_RUN": "tft-12"})
+
+
+def test_a_shells_variables_are_stronger_than_a_files(tmp_path: Path, config: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("variables: {NCCL_DEBUG: INFO, A: file}\ndevice: cpu\nranks_per_node: 2\n")
+    env = {"NCCL_DEBUG": "WARN"}
+    found = resolve({"config": str(config), "replicas": 1}, env, profile=str(path))
+    handed = submission.plan(found, env).environment
+    assert (handed.get("NCCL_DEBUG"), handed["A"]) == (None, "file")
 
 
 @pytest.mark.parametrize("error", [UsageError("it serves run tft-5"), KeyboardInterrupt()])
