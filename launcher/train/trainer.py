@@ -17,7 +17,7 @@ from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 
-from launcher.train import data, semi_sync, spec
+from launcher.train import data, reconfigure, semi_sync, spec
 from launcher.train.checkpoint import ReplicaCheckpointManager
 from launcher.train.metrics import ReplicaMetricsProcessor
 from launcher.train.own_work import OwnWork
@@ -44,6 +44,11 @@ class ReplicaFTManager(FTManager):
 
     on_step: Callable[[], None] = staticmethod(lambda: None)
     """Called then after each step of the optimizer, before a sync."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.enabled:
+            reconfigure.adapt(self.manager)
 
     @property
     def loss_sync_pg(self) -> None:

@@ -51,7 +51,7 @@ def test_the_slower_of_two() -> None:
     assert finding.message.startswith(
         "replica 1 on worker-1 works 1.6 s a step by itself, the others 1 s and wait for it"
     )
-    assert "`scontrol requeue 51_1`" in finding.message
+    assert "`python -m launcher requeue tft-51 1`" in finding.message
 
 
 def test_somewhat_slower_is_none() -> None:
