@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,19 @@ def test_the_debug_corpus_is_real_text_and_its_tokenizer_reads_it_back(tmp_path:
     assert len(lines) > 500
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A debug corpus with its tokenizer."""
+    place, _ = assets.debug(tmp_path_factory.mktemp("built"))
+    return place
+
+
 class TestCheck:
     """Whether what was fetched is there, and whole."""
 
     @pytest.fixture
-    def outputs(self, tmp_path: Path) -> Path:
-        assets.debug(tmp_path)
+    def outputs(self, tmp_path: Path, whole: Path) -> Path:
+        shutil.copytree(whole, tmp_path / "assets" / "debug")
         place = tmp_path / "assets" / "Llama-3.1-8B"
         place.mkdir()
         (place / "tokenizer.json").write_text('{"model": {}}')
