@@ -75,6 +75,10 @@ def report(rows: Sequence[dict[str, Any]], made: str, tokens: int) -> tuple[dict
     lines.append(f"| ideal | {' | '.join(ideals)} |")
     ratios = [f"{100 * part['kit_of_ideal']:.1f} %" for part in data["schedules"].values()]
     lines.append(f"| this kit, of the ideal | {' | '.join(ratios)} |")
+    ahead = [_ahead(part) for part in data["schedules"].values()]
+    lines.append(f"| ahead of the best other, seed by seed | {' | '.join(ahead)} |")
+    counts = [", ".join(map(str, part["failures"].values())) for part in data["schedules"].values()]
+    lines.append(f"| failures of each seed | {' | '.join(counts)} |")
     lines += [
         "",
         (
@@ -145,6 +149,17 @@ def _of_schedule(
         else {},
         "kit_runs": [asdict(each) for each in where],
     }
+
+
+def _ahead(part: dict[str, Any]) -> str:
+    """Points by which the kit is ahead, at the same failures at the same moments."""
+    others = [found["seeds"] for name, found in part["systems"].items() if name != "kit"]
+    kit = part["systems"].get("kit", {"seeds": {}})["seeds"]
+    return ", ".join(
+        f"{100 * (share - max(seeds.get(seed, 0.0) for seeds in others)):+.1f}"
+        for seed, share in sorted(kit.items())
+        if others
+    )
 
 
 def _begun_anew(row: dict[str, Any]) -> int:
