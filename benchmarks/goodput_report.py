@@ -190,7 +190,7 @@ def _intervals(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(data: dict[str, Any], path: Path) -> None:
-    """Bars: a group for every schedule, the ideal as a line over it."""
+    """Bars: a group for every schedule, a dot for each seed, the ideal as a line over it."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -204,11 +204,12 @@ def picture(data: dict[str, Any], path: Path) -> None:
         found = [data["schedules"][name]["systems"].get(system) for name in names]
         places = [index - 0.4 + width * (number + 0.5) for index in range(len(names))]
         means = [100 * max(0.0, each["mean"]) if each else 0.0 for each in found]
-        halves = [
-            100 * each["half"] if each and not math.isnan(each["half"]) else 0.0 for each in found
-        ]
-        axes.bar(places, means, width * 0.92, yerr=halves, capsize=2, label=words,
-                 color=COLOURS[system], error_kw={"elinewidth": 0.8})  # fmt: skip
+        axes.bar(places, means, width * 0.92, label=words, color=COLOURS[system])
+        # Seeds differ by how many failures theirs has: each by itself, not their spread.
+        for place, each in zip(places, found, strict=True):
+            shares = [100 * share for share in each["seeds"].values()] if each else []
+            axes.scatter([place] * len(shares), shares, s=9, color="white", edgecolors="black",
+                         linewidths=0.7, zorder=3)  # fmt: skip
     for index, name in enumerate(names):
         level = 100 * data["schedules"][name]["ideal"]
         axes.plot([index - 0.42, index + 0.42], [level, level], color="black", linewidth=1.2,
