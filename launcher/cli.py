@@ -25,7 +25,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 120},
 )
 sandbox_app = typer.Typer(no_args_is_help=True, help="A real Slurm on this one machine, as root.")
-app.command("submit", context_settings={"allow_extra_args": True})(submit_cli.submit)
+app.command("submit", cls=submit_cli.WithFlags)(submit_cli.submit)
 app.command("list")(submit_cli.list_runs)
 app.command("status")(submit_cli.status)
 app.command("cancel")(submit_cli.cancel)

@@ -170,8 +170,9 @@ VARIABLES = (
     Variable(
         name="TFT_TIME_LIMIT_NOTICE",
         default="600",
-        meaning="seconds before its time limit at which Slurm tells a task of it (the job script's "
-        "`--signal`): even groups leave then and are requeued, odd ones at half of it",
+        meaning="seconds before its time limit at which Slurm tells a task of it (`submit` sets "
+        "sbatch's `--signal` to it; by hand, do so, too): even groups leave then and are requeued, odd "
+        "ones at half of it",
     ),
     Variable(
         name="TFT_DRILLS",
@@ -286,7 +287,7 @@ class Site:
         for flag in extra:
             name = flag.split("=", 1)[0].replace("-", "_").replace("__", "--", 1)
             if name in _OURS:
-                problems.append(f"TFT_EXTRA_ARGS must not set {name}: the launcher sets it")
+                problems.append(f"flags (TFT_EXTRA_ARGS) must not set {name}: the launcher sets it")
         device = env.get("TFT_DEVICE") or "cuda"
         if device not in ("cuda", "cpu"):
             problems.append(f"TFT_DEVICE must be 'cuda' or 'cpu', not {device!r}")

@@ -118,7 +118,7 @@ def _merged(layers: Sequence[Layer]) -> Resolved:
 def _of_flags(flags: Mapping[str, Any], problems: list[str]) -> Layer:
     said = {key: value for key, value in flags.items() if value not in (None, "", [], ())}
     sources = dict.fromkeys(said, "command line")
-    names = {key: f"--{key.replace('_', '-')}" for key in said}
+    names = {key: f"--{key.replace('_', '-')}" for key in said} | {"sbatch_flags": "--sbatch"}
     return _checked(said, sources, names, problems)
 
 

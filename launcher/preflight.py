@@ -180,7 +180,7 @@ def load(config: Path) -> dict[str, Any]:
             return tomllib.load(file)
     except FileNotFoundError:
         raise UsageError(
-            f"config file {config} does not exist (from {Path.cwd()}): set TFT_CONFIG to one of "
+            f"config file {config} does not exist (from {Path.cwd()}): name (TFT_CONFIG) one of "
             f"{', '.join(sorted(str(p) for p in Path('configs').glob('*.toml'))) or 'configs/*.toml'}"
         ) from None
     except OSError as error:

@@ -29,6 +29,8 @@ from launcher.watcher import Watcher
 #: Seconds that a run gets to end, and a replica group to leave.
 END_SECONDS, LEAVE_SECONDS = 60.0, 60.0
 LOOK_EVERY = 0.5
+#: State of a run in a list, when the scheduler cannot be asked about it.
+UNSEEN = "cannot be seen"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +47,8 @@ class Summary:
 
 
 def listed(outputs: Outputs, slurm: Scheduler, *, every: bool = False) -> Iterator[Summary]:
-    """Runs, newest first; those that have ended only with ``every``.
-
-    Raises:
-        BlindError: Slurm cannot be asked which of them live.
-    """
+    """Runs, newest first; those that have ended only with ``every``, and those of which that
+    cannot be known always."""
     for run in reversed(outputs.runs()):
         try:
             scheduler = scheduler_of(run, slurm)
@@ -58,8 +57,9 @@ def listed(outputs: Outputs, slurm: Scheduler, *, every: bool = False) -> Iterat
         try:
             live = [job for job in scheduler.jobs(*run.arrays()) if job.live]
         except BlindError:
-            if scheduler is slurm:
-                raise
+            if scheduler is slurm and not run.finished.exists():
+                yield _unseen(run)
+                continue
             live = []  # the daemon of a run of one machine is gone, and its tasks with it
         if live or every:
             try:
@@ -67,6 +67,11 @@ def listed(outputs: Outputs, slurm: Scheduler, *, every: bool = False) -> Iterat
             except (KitError, TypeError, ValueError, AttributeError) as error:
                 why = f"damaged: {error}"
                 yield Summary(run=run.name, started=0.0, state=why, groups="-", step="-")
+
+
+def _unseen(run: RunDir) -> Summary:
+    """A run of which it is not known whether it lives."""
+    return Summary(run=run.name, started=0.0, state=UNSEEN, groups="-", step="-")
 
 
 def _summary(run: RunDir, live: list[Job]) -> Summary:

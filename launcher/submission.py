@@ -41,7 +41,7 @@ _MISLEADING = frozenset(
                  "NO_REQUEUE", "OPEN_MODE", "REQUEUE", "SIGNAL", "WAIT", "OUTPUT", "ERROR")
 ) | {"TFT_LIGHTHOUSE_NAME"}  # fmt: skip
 #: What the job script's header asks for.
-HEADER_GPUS, HEADER_CPUS = 8, 128
+HEADER_GPUS, HEADER_CPUS, HEADER_NOTICE = 8, 128, 600.0
 #: Seconds that another submission of ours may take.
 PATIENCE = 60.0
 
@@ -101,6 +101,16 @@ def cleaned(env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def require_root() -> None:
+    """Check that this is the repository's root, from which everything is named.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not Path(TORCHTITAN_JOB).is_file():
+        raise UsageError(f"{Path.cwd()} is not the root of the repository: submit from there")
+
+
 def plan(resolved: Resolved, env: Mapping[str, str]) -> Submission:
     """Check everything that can be checked before something is started.
 
@@ -115,8 +125,7 @@ def plan(resolved: Resolved, env: Mapping[str, str]) -> Submission:
     most = resolved.get("max_replicas", replicas)
     if most < replicas:
         raise UsageError(f"--max-replicas {most} is less than --replicas {replicas}")
-    if not Path(TORCHTITAN_JOB).is_file():
-        raise UsageError(f"{Path.cwd()} is not the root of the repository: submit from there")
+    require_root()
     if env.get("TFT_RUN"):
         raise UsageError(
             f"TFT_RUN is {env['TFT_RUN']}, and a submission is a run of its own: unset it"
@@ -140,6 +149,11 @@ def plan(resolved: Resolved, env: Mapping[str, str]) -> Submission:
         handed.pop("TFT_EXTRA_ARGS", None)
     site = Site.from_environment({**env, **handed})
     nodes = resolved.get("nodes_per_replica", 1)
+    if nodes > 1 and resolved.get("container"):
+        raise UsageError(
+            "a replica group of several nodes needs srun and scontrol, which a container has not: "
+            "leave `container` or --nodes-per-replica out"
+        )
     training = (
         preflight.check_script(site, script)
         if script
@@ -173,6 +187,8 @@ def _indices(replicas: int, most: int, spares: int) -> str:
 
 def _sbatch(resolved: Resolved, array: str, site: Site) -> list[str]:
     flags = [f"--array={array}", "--export=ALL"]
+    if site.notice != HEADER_NOTICE:
+        flags.append(f"--signal=B:USR2@{site.notice:g}")
     if (nodes := resolved.get("nodes_per_replica", 1)) > 1:
         flags.append(f"--nodes={nodes}")
     gpus, cpus = resolved.get("gpus_per_node"), resolved.get("cpus_per_node")

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from launcher.lighthouse_cli import OUTPUTS, OutputsOption, say
-from launcher.model import UsageError
+from launcher.model import BlindError, UsageError
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run name or array job id.")]
 _SLURM, _TRAINING, _CLUSTER = "Slurm", "Training", "Cluster"
+
+
+class WithFlags(typer.core.TyperCommand):
+    """A command that leaves alone what follows ` -- `: it is another program's."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        super().parse_args(ctx, args[:end])
+        ctx.args = list(args[end + 1 :])
+        return list(ctx.args)
 
 
 def submit(
@@ -70,6 +82,7 @@ def submit(
     if cluster not in ("slurm", "local"):
         raise UsageError(f"--cluster must be slurm or local, not {cluster!r}")
 
+    submission.require_root()
     run_file = None
     said: dict[str, Any] = {
         "script": script,
@@ -106,6 +119,10 @@ def submit(
         for line in planned.lines():
             say(line)
         return
+    if cluster == "slurm" and shutil.which("sbatch") is None:
+        raise UsageError(
+            "sbatch is not on this machine's PATH: submit on a login node, or with --cluster local"
+        )
     start = submission.submit_local if cluster == "local" else submission.submit
     run = start(planned, os.environ, say=say)
     for line in submission.next_steps(run, planned, grows=cluster == "slurm"):
@@ -127,7 +144,7 @@ def list_runs(
     import time
 
     from launcher.rundir import Outputs
-    from launcher.runs import listed
+    from launcher.runs import UNSEEN, listed
     from launcher.slurm import Slurm
 
     rows = [("RUN", "STARTED", "STATE", "TRAINING", "STEP")]
@@ -137,6 +154,8 @@ def list_runs(
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
         say("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
+    if any(row[2] == UNSEEN for row in rows):
+        raise BlindError("Slurm cannot be asked: whether those runs live is not known")
 
 
 def status(run: RunArgument = "", outputs: OutputsOption = OUTPUTS) -> None:

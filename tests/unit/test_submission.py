@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -263,3 +266,44 @@ def test_spares_come_after_every_replica_group_that_there_can_be(
     arguments: tuple[int, int, int], array: str
 ) -> None:
     assert indices(*arguments) == array
+
+
+def cli(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launcher", "submit", *words],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False,
+        env={"PATH": os.environ["PATH"]},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--replicas=2", "--", "--training.steps", "200"], ["config  configs/llama3", "--training.steps 200"]),
+        (["a.toml", "--replicas=2", "--", "--x"], ["a.toml", "flags  --x"]),
+        (["--script=my.py", "--replicas=2", "--", "--its", "--own"], ["script  my.py", "flags  --its --own"]),
+    ],
+)  # fmt: skip
+def test_what_follows_two_dashes_is_for_the_trainer(words: list[str], shown: list[str]) -> None:
+    cut = words.index("--")
+    done = cli(*words[:cut], "--explain", *words[cut:])
+    assert done.returncode == 0, done.stderr
+    text = re.sub(r" {2,}", "  ", done.stdout)
+    for part in shown:
+        assert part in text
+
+
+def test_a_stray_word_is_refused() -> None:
+    done = cli("a.toml", "stray", "--replicas=2")
+    assert done.returncode == 2
+    assert "stray" in done.stderr
+
+
+def test_without_slurm_nothing_is_begun() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", "submit", "configs/debug-cpu.toml", "--replicas=1"],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False,
+        env={"PATH": "/nonexistent", "TFT_DEVICE": "cpu", "TFT_RANKS_PER_NODE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "sbatch is not on this machine's PATH" in done.stderr or "no tokenizer" in done.stderr
