@@ -31,7 +31,8 @@ def weights(step: int, *models: torch.nn.Module) -> None:
     Args:
         step: the manager's, which is the same count in every group.
     """
-    _recorder().record("weights", step=step, hash=weight_hash(models))
+    shares = [weight for model in models for weight in model.parameters()]
+    _recorder().record("weights", step=step, hash=weight_hash(shares))
 
 
 def metrics(step: int, **values: float) -> None:

@@ -99,7 +99,6 @@ def test_down_leaves_no_process(shell: Workspace) -> None:
     run = start(shell, 5000)
     eventually(lambda: run.events(1).is_file() and '"start"' in run.events(1).read_text(), 30, "up")
     assert psutil.pid_exists(rank(run, 1))
-    assert run.name in shell.launcher("list")
     assert "is ended" in shell.launcher("cancel", run.name)
     assert not processes_mentioning(run.name)
     assert [job.state for job in scheduler_of(run).jobs(run.number)] == ["CANCELLED"] * 2
