@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import socket
 import time
 from datetime import timedelta
 from typing import Any
@@ -72,6 +73,16 @@ def test_a_member_that_is_missing_is_waited_for_shortly() -> None:
     assert seconds < (reconfigure.CONNECT.total_seconds() + SECONDS) / 2
     ((what, seconds, _),) = run(ProcessGroupGloo, there=1, world=2)
     assert seconds >= SECONDS, "upstream does this by itself now: adapt() may go"
+
+
+def test_a_store_whose_owner_has_died_is_not_waited_for() -> None:
+    with socket.socket() as gone:
+        gone.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{gone.getsockname()[1]}"  # nobody listens there
+        pg, began = group(PromptGloo), time.monotonic()
+        with pytest.raises(OSError, match="refused"):
+            pg.reconfigure(options(pg, 1, 2, address))
+        assert time.monotonic() - began < 1.0
 
 
 @pytest.mark.timeout(120)
