@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import socket
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from typing import Any
@@ -16,9 +17,11 @@ from torchft.process_group import ProcessGroupGloo, ReconfigureOptions
 
 from launcher.train import reconfigure
 from launcher.train.reconfigure import PromptGloo
+from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.torch
 SECONDS = 6.0
+KINDS = {"prompt": PromptGloo, "upstream": ProcessGroupGloo}
 
 
 def group(kind: type[ProcessGroupGloo]) -> ProcessGroupGloo:
@@ -35,43 +38,39 @@ def options(pg: ProcessGroupGloo, rank: int, world: int, store: str) -> Reconfig
     return found
 
 
-def connect(kind: type[ProcessGroupGloo], store: str, answers: Any, rank: int, world: int,
-            late: float) -> None:  # fmt: skip
-    pg, began = group(kind), time.monotonic()
+def connect(kind: str, store: str, rank: int, world: int, late: float) -> tuple[str, float, Any]:
+    """What one member finds: (what, seconds, the sum or the error's kind)."""
+    pg, began = group(KINDS[kind]), time.monotonic()
     try:
         pg.reconfigure(options(pg, rank, world, store)).wait()
     except Exception as error:
-        answers.put(("no group", time.monotonic() - began, type(error).__name__))
-        return
+        return "no group", time.monotonic() - began, type(error).__name__
     time.sleep(late * rank)
     began, value = time.monotonic(), torch.ones(2)
     pg.allreduce([value], AllreduceOptions()).wait()
-    answers.put(("sum", time.monotonic() - began, value[0].item()))
+    return "sum", time.monotonic() - began, value[0].item()
 
 
-def run(kind: type[ProcessGroupGloo], *, there: int, world: int, late: float = 0.0) -> list[Any]:
+def run(kind: str, *, there: int, world: int, late: float = 0.0) -> list[Any]:
+    """Members of a group, each a process: this module, run with what it is to do."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    address = f"127.0.0.1:{store.port}"
     members = [
-        context.Process(target=connect, args=(kind, address, answers, rank, world, late))
+        subprocess.Popen(
+            [sys.executable, "-m", __name__, json.dumps([kind, f"127.0.0.1:{store.port}", rank, world, late])],
+            cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
+        )
         for rank in range(there)
-    ]
-    for member in members:
-        member.start()
-    found = [answers.get(timeout=60) for _ in members]
-    for member in members:
-        member.join(30)
-    return found
+    ]  # fmt: skip
+    found = [member.communicate(timeout=90)[0].splitlines()[-1] for member in members]
+    return [json.loads(line) for line in found]
 
 
 @pytest.mark.timeout(120)
 def test_a_member_that_is_missing_is_waited_for_shortly() -> None:
-    ((what, seconds, _),) = run(PromptGloo, there=1, world=2)
+    ((what, seconds, _),) = run("prompt", there=1, world=2)
     assert what == "no group"
     assert seconds < (reconfigure.CONNECT.total_seconds() + SECONDS) / 2
-    ((what, seconds, _),) = run(ProcessGroupGloo, there=1, world=2)
+    ((what, seconds, _),) = run("upstream", there=1, world=2)
     assert seconds >= SECONDS, "upstream does this by itself now: adapt() may go"
 
 
@@ -88,7 +87,7 @@ def test_a_store_whose_owner_has_died_is_not_waited_for() -> None:
 @pytest.mark.timeout(120)
 def test_collectives_keep_their_own_time() -> None:
     slow = reconfigure.CONNECT.total_seconds() + 0.8  # less than SECONDS
-    found = run(PromptGloo, there=2, world=2, late=slow)
+    found = run("prompt", there=2, world=2, late=slow)
     assert [(what, value) for what, _, value in found] == [("sum", 2.0)] * 2
     assert max(seconds for _, seconds, _ in found) > slow / 2
 
@@ -103,3 +102,7 @@ def test_only_gloo_groups_are_changed() -> None:
     reconfigure.adapt(other)
     assert type(manager._pg) is PromptGloo
     assert type(other._pg) is object
+
+
+if __name__ == "__main__":
+    print(json.dumps(connect(*json.loads(sys.argv[1]))))
