@@ -31,7 +31,7 @@ from launcher.slurm import FINAL_STATES
 ASK_EVERY = 2.0
 #: Seconds for which a task that failed may be requeued by the guardian.
 FAILED_SECONDS = 10.0
-#: States in which a task has not ended, whatever was seen of it before.
+#: State of a task that nothing is known of yet.
 UNKNOWN = "UNKNOWN"
 
 

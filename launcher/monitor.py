@@ -202,14 +202,18 @@ def conclude(watcher: Watcher, run: RunDir) -> None:
     raise CriticalError(f"run {run.name} ended before its last step: see the logs in {run.path}")
 
 
-def once(watcher: Watcher, *, say: Callable[[str], None], as_json: bool) -> int:
-    """One pass; returns the exit code: 0 fine, 3 a critical finding, 4 blind."""
+def once(watcher: Watcher, *, say: Callable[[str], None], as_json: bool, story: bool = True) -> int:
+    """One pass; returns the exit code: 0 fine, 3 a critical finding, 4 blind.
+
+    Args:
+        story: whether to tell what happened, and not only how it stands.
+    """
     notices = watcher.look(final=True)
     findings = watcher.findings(watcher.present)
     if as_json:
         say(json.dumps(as_data(watcher.state, findings), indent=2, allow_nan=False))
     else:
-        for notice in notices:
+        for notice in notices if story else ():
             say(line(notice))
         for text in [*table(watcher.state), *figure_lines(watcher.state), *map(_told, findings)]:
             say(text)

@@ -169,15 +169,7 @@ def status(run: RunArgument = "", outputs: OutputsOption = OUTPUTS) -> None:
     slurm = Slurm()
     chosen = monitor.choose(Outputs(outputs.absolute()), run or None, slurm)
     with Watcher.of_run(chosen, scheduler_of(chosen, slurm)) as watcher:
-        raise typer.Exit(
-            monitor.once(
-                watcher, say=lambda line: None if _is_story(line) else say(line), as_json=False
-            )
-        )
-
-
-def _is_story(line: str) -> bool:
-    return line[:2].isdigit() and line[2:3] == ":"
+        raise typer.Exit(monitor.once(watcher, say=say, as_json=False, story=False))
 
 
 def cancel(run: RunArgument, outputs: OutputsOption = OUTPUTS) -> None:

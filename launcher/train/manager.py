@@ -5,7 +5,6 @@ The trainer of this kit does the same through torchtitan's classes.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import Any
 import torchft
 import torchft.manager
 
+from launcher.train.departure import Departure
 from launcher.train.recorder import TORCHFT_LOGGERS, Recorder
 
 #: Name of a script's replica groups in the quorum, before torchft's own part; also in
@@ -25,8 +25,6 @@ NAME = "replica_{replica}"
 #: Seconds after its first step in which a restarted replica group looks whether its peers have
 #: finished meanwhile, as in the trainer.
 TOO_LATE_SECONDS = 60.0
-#: Seconds between two looks at whether to leave the run.
-LOOK_SECONDS = 0.5
 _SIGNATURE = inspect.signature(torchft.manager.Manager.__init__)
 
 
@@ -48,7 +46,7 @@ class ReplicaManager(torchft.manager.Manager):
         self._told_of_heals = self._healed = False
         self._started = self._step_began = 0.0
         self._looks = 0
-        self._leave_at, self._looked_at = sys.maxsize, 0.0
+        self._departure = Departure()
         self._may_be_too_late = int(os.environ.get("TFT_ATTEMPT") or "1") > 1
         self._pace = float(os.environ.get("TFT_MIN_STEP_SECONDS") or "0")
         super().__init__(*given.args[1:], **given.kwargs)
@@ -72,22 +70,10 @@ class ReplicaManager(torchft.manager.Manager):
             self.recorder.record("ready")
         if self._may_be_too_late:
             self._stop_if_too_late()
-        self._leave_if_told()
+        self._departure.leave_if_due(self.current_step(), self.recorder)
         time.sleep(max(0.0, self._step_began + self._pace - time.monotonic()))
         self._step_began = time.monotonic()
         super().start_quorum(*args, **kwargs)
-
-    def _leave_if_told(self) -> None:
-        """End between two steps, as the trainer does, when the run is to go on without this group."""
-        if self._leave_at == sys.maxsize and time.monotonic() - self._looked_at > LOOK_SECONDS:
-            self._looked_at = time.monotonic()
-            path = os.environ.get("TFT_LEAVE", "")
-            with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-                self._leave_at = int(file.read())
-        if self.current_step() >= self._leave_at:
-            self.recorder.record("leave", step=self.current_step())
-            print(f"leaves the run at step {self.current_step()}, as it was told to")
-            sys.exit(0)
 
     def _heal_note(self) -> dict[str, int]:
         return {"replica": self.recorder.replica}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
@@ -19,6 +18,7 @@ from torchtitan.tools.logging import logger
 
 from launcher.train import data, reconfigure, semi_sync, spec
 from launcher.train.checkpoint import ReplicaCheckpointManager
+from launcher.train.departure import Departure
 from launcher.train.metrics import ReplicaMetricsProcessor
 from launcher.train.own_work import OwnWork
 from launcher.train.recorder import Recorder
@@ -28,8 +28,6 @@ from launcher.train.weights import weight_hash
 #: Seconds after its start in which a restarted replica group looks whether its peers have
 #: finished meanwhile (they may need a moment to say so).
 TOO_LATE_SECONDS = 60.0
-#: Seconds between two looks at whether to leave the run.
-LOOK_SECONDS = 0.5
 #: Seconds from a group's last heartbeat until its launcher has said that it finished (2 s of sleep
 #: in torchtitan, and the end of its processes), and looks in that time.
 FINISHING_SECONDS, FINISHING_LOOKS = 10.0, 20
@@ -74,7 +72,7 @@ class ReplicaTrainer(ft_train.FTTrainer):
         self._hashed_step = -1
         self._joined = False
         self._may_be_too_late = int(os.environ.get("TFT_ATTEMPT") or "1") > 1
-        self._leave_at, self._looked_at = sys.maxsize, 0.0
+        self._departure = Departure()
         spec.adapt(job_config)
         data.register()
         super().__init__(job_config)
@@ -101,7 +99,8 @@ class ReplicaTrainer(ft_train.FTTrainer):
             return
         started = time.monotonic()
         self._stop_if_too_late()
-        self._leave_if_told()
+        if self._manager is not None:
+            self._departure.leave_if_due(self._manager.current_step(), self._recorder)
         self._own_work.step(self.metrics_processor.data_loading_times)
         super().train_step(data_iterator)
         self._record_weights()
@@ -165,21 +164,6 @@ class ReplicaTrainer(ft_train.FTTrainer):
         torch.distributed.all_reduce(seen)  # the ranks must agree, and may look at other times
         if seen.item() > 0:
             logger.info("the run finished while this replica group was starting: nothing is left")
-            sys.exit(0)
-
-    def _leave_if_told(self) -> None:
-        """End between two steps, when the run is to go on without this replica group. The step is
-        far enough ahead for every rank to have read it."""
-        path, manager = os.environ.get("TFT_LEAVE", ""), self._manager
-        if manager is None or not path:
-            return
-        if self._leave_at == sys.maxsize and time.monotonic() - self._looked_at > LOOK_SECONDS:
-            self._looked_at = time.monotonic()
-            with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-                self._leave_at = int(file.read())
-        if manager.current_step() >= self._leave_at:
-            self._recorder.record("leave", step=manager.current_step())
-            logger.info(f"leaves the run at step {manager.current_step()}, as it was told to")
             sys.exit(0)
 
     def _stop_if_waited_for_nobody(self) -> None:
