@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launcher.config import VARIABLES, Site
+from launcher.config import Site
 from launcher.methods import METHODS
 from launcher.rundir import Manifest, RunDir
+from launcher.variables import VARIABLES
 
 #: Settings passed through to torchft with the defaults that the README documents.
 _DEFAULTED = (

@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from launcher import lease, leaving, lighthouse, nodecheck, records, spares, stacks
+from launcher import lease, leaving, nodecheck, records, spares, stacks
+from launcher.deputy import Deputy
 from launcher.environment import Task, replica_environment
 from launcher.files import create_once
 from launcher.gpus import GpuSampler
@@ -60,7 +61,7 @@ class Keeper:
         self._plan = plan
         self._task = task
         self._slurm = slurm
-        self._folder = lighthouse.LighthouseDir.of_run(plan.run, plan.manifest)
+        self._deputy = Deputy(plan, lambda: self._lease)
         self._orders = OrderReader(plan.run.orders)
         list(self._orders.every())  # what was ordered before our time is not for us
         self._lease: lease.Lease | None = None
@@ -87,7 +88,8 @@ class Keeper:
         """
         run, manifest = self._plan.run, self._plan.manifest
         self._departure.listen()
-        with Relay(self._lighthouse, silence=SILENCE) as relay, contextlib.ExitStack() as stack:
+        with Relay(self._deputy.place, silence=SILENCE) as relay, contextlib.ExitStack() as stack:
+            stack.enter_context(self._deputy.beside(relay))
             self._port, self._reaches_lighthouse = relay.port, relay.reaches
             stack.callback(self._warm.end)
             while True:
@@ -359,14 +361,6 @@ class Keeper:
                 self._end_attempt(done, f"its watch failed: {error}")
 
         return guarded
-
-    def _lighthouse(self) -> tuple[str, int] | None:
-        """Where the lighthouse is, for the relay; nowhere for a copy that has been replaced, or
-        that cannot see whether it has."""
-        mine = self._lease
-        if mine is not None and not lease.held(self._plan.run.lease(mine.replica), mine):
-            return None
-        return self._folder.whereabouts(self._plan.manifest.lighthouse)
 
     def _fenced(self) -> bool:
         """Whether a newer copy of our group has started."""

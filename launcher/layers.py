@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from launcher.config import VARIABLES
 from launcher.model import UsageError
 from launcher.settings import BY_KEY, SETTINGS, Resolved, Setting, ports
+from launcher.variables import VARIABLES
 
 #: Folder of the cluster profiles, from the repository's root.
 PROFILES = Path("configs/clusters")

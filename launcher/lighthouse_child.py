@@ -61,6 +61,10 @@ class LighthouseSettings:
         """Address to listen on, said in full."""
         return self.bind or ("::" if _ipv6_usable() else "0.0.0.0")  # noqa: S104
 
+    def serving(self, port: int) -> str:
+        """``host:port`` of a lighthouse process that listens on ``port``."""
+        return f"{_bracketed(self.host)}:{port}"
+
     def flags(self, port: int) -> list[str]:
         """Flags of a lighthouse process that listens on ``port``."""
         return [
@@ -70,6 +74,11 @@ class LighthouseSettings:
             f"--join_timeout_ms={self.join_timeout_ms}",
             f"--quorum_tick_ms={self.quorum_tick_ms}",
         ]
+
+
+def listen_address(host: str) -> str:
+    """Where a lighthouse listens that is published under ``host``; empty: everywhere."""
+    return host if host in ("127.0.0.1", "localhost", "::1") else own_address(host)
 
 
 def own_address(host: str) -> str:
@@ -220,7 +229,7 @@ class LighthouseChild:
             self._silent += 1
 
     def _pump(self, stream: IO[bytes], log: CappedLog) -> None:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError), stream:
             for line in stream:
                 if (found := _QUORUM_ID.search(line, 0, 200)) is not None:
                     self.quorum_id = int(found[1])

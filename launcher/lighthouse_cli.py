@@ -105,7 +105,7 @@ def lighthouse_up(
     """Start the lighthouse and publish its address; Ctrl-C or `down` ends it."""
     import socket
 
-    from launcher.lighthouse_child import LighthouseSettings, own_address
+    from launcher.lighthouse_child import LighthouseSettings, listen_address
     from launcher.methods import METHODS
     from launcher.rundir import Outputs
     from launcher.slurm import Slurm
@@ -118,15 +118,13 @@ def lighthouse_up(
         raise UsageError(f"--method must be one of {', '.join(METHODS)}, not {method!r}")
     chosen = PROFILES[timeouts]
     patient = METHODS[method].join_timeout_ms if method and METHODS[method].semi_sync else 0
-    if not bind and host in ("127.0.0.1", "localhost", "::1"):
-        bind = host  # nobody but this machine is meant to reach it
     if with_run and not act:
         raise UsageError("--with-run needs the guardian, which knows when a run is over")
     host_name = host or socket.gethostname()
     settings = LighthouseSettings(
         host=host_name,
         port=port,
-        bind=bind or own_address(host_name),
+        bind=bind or listen_address(host_name),
         min_replicas=min_replicas,
         heartbeat_timeout_ms=heartbeat_timeout_ms or chosen.heartbeat_timeout_ms,
         join_timeout_ms=join_timeout_ms or patient or chosen.join_timeout_ms,

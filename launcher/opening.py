@@ -19,13 +19,16 @@ from launcher.methods import lighthouse_problem
 from launcher.model import UsageError
 from launcher.rundir import Manifest, Outputs, RunDir
 from launcher.scheduler import Scheduler, cluster_of, scheduler_of
+from launcher.terms import Terms
 
 _ARRAY = ("JOB_ID", "TASK_ID", "TASK_COUNT", "TASK_MIN", "TASK_MAX")
 _PACKAGES = ("torch", "torchft-nightly", "torchtitan")
 #: Job script of the groups that torchtitan trains, and of those that a script of the user's does.
 TORCHTITAN_JOB, SCRIPT_JOB = "llama3.1-8b-pretraining-torchft.sh", "slurm/replica-group.sbatch"
-#: Seconds that a lighthouse may be away while a replica group starts (a restart of it).
-LIGHTHOUSE_PATIENCE = 3.0
+#: Seconds that a lighthouse may be away while a replica group starts: a restart of it, and of a
+#: run that has begun, until another group stands in for it.
+LIGHTHOUSE_PATIENCE, STAND_IN_PATIENCE = 3.0, 60.0
+LIGHTHOUSE_EVERY = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ def enter(site: Site, env: Mapping[str, str], slurm: Scheduler, script: Sequence
     else:
         training = preflight.check(site, groups, nodes)
     url, folder = _lighthouse(site, outputs, run)
-    lighthouse.require_answer(url, patience=LIGHTHOUSE_PATIENCE)
+    _await_lighthouse(run, url)
     address = folder.address()
     waits = 0 if address is None else address.join_timeout_ms
     if problem := lighthouse_problem(training.method, groups, waits):
@@ -163,12 +166,30 @@ def manifest_of(
 
 def _lighthouse(site: Site, outputs: Outputs, run: RunDir) -> tuple[str, LighthouseDir]:
     """The lighthouse that was set by hand, else that of the run to join, else the published one."""
-    if site.run and not site.lighthouse:
+    if (site.run or run.manifest_path.exists()) and not site.lighthouse:
         manifest = run.manifest()
         folder = LighthouseDir.of_run(run, manifest)
         address = folder.address()
         return address.url if address is not None else manifest.lighthouse, folder
     return lighthouse.discover(outputs, site.lighthouse)
+
+
+def _await_lighthouse(run: RunDir, url: str) -> None:
+    """Wait until the lighthouse answers, or the one that stands in for it.
+
+    Raises:
+        UsageError: it did not in time.
+    """
+    begun = run.manifest_path.exists()
+    deadline = time.monotonic() + (STAND_IN_PATIENCE if begun else LIGHTHOUSE_PATIENCE)
+    while True:
+        serving = Terms(run.terms).newest().serving
+        try:
+            return lighthouse.require_answer(f"http://{serving}" if serving else url)
+        except UsageError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(LIGHTHOUSE_EVERY)
 
 
 def _refuse_misfits(site: Site, run: RunDir, manifest: Manifest, task: Task) -> None:

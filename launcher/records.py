@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,10 @@ from launcher.environment import Task
 from launcher.payload import complain
 from launcher.restarts import Ending
 from launcher.rundir import RunDir
+from launcher.terms import Commit
+
+#: Bytes at the end of a group's events in which its newest step is looked for.
+TAIL_BYTES = 1 << 17
 
 
 def remember(path: Path, ending: Ending) -> list[Ending]:
@@ -70,6 +75,28 @@ def said(events: Path, start: int, kind: str) -> bool:
         file.seek(start)
         return any(f'"kind":"{kind}"'.encode() in line for line in file)
     return False
+
+
+def newest_step(events: Path) -> Commit | None:
+    """The newest step that the group has committed or joined a quorum for; None when it has done
+    neither, or said afterwards that it ended."""
+    newest = None
+    for line in _last_lines(events):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            event = json.loads(line)
+            if event["kind"] == "exit":
+                newest = None
+            elif event["kind"] in ("commit", "quorum"):
+                before = newest.step if newest is not None else 0
+                newest = Commit(t=float(event["t"]), step=max(before, int(event["step"])))
+    return newest
+
+
+def _last_lines(path: Path) -> list[bytes]:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+        return file.read().splitlines()
+    return []
 
 
 def committed(events: Path, start: int) -> bool:

@@ -26,6 +26,8 @@ CHUNK = 1 << 16
 MOST_HELD = 1 << 20
 #: Seconds between two looks at whether the server has fallen silent.
 LISTEN_EVERY = 0.5
+#: Seconds without a client after which nobody waits any more: they connect anew at once.
+NOBODY = 2.0
 #: Seconds for the relay to start and to stop.
 PATIENCE = 5.0
 
@@ -55,10 +57,12 @@ class Relay:
     ) -> None:
         self._upstream = upstream
         self._silence = silence
-        self._heard = 0.0
-        """Since when its answer is waited for, monotonic seconds."""
-        self._unanswered = False
-        """Whether clients have spoken since it was heard."""
+        self._waiting: float | None = None
+        """Since when clients wait for its answer, monotonic seconds; None: they do not."""
+        self._left = -NOBODY
+        """When the last client went."""
+        self._made_anew = 0.0
+        """When the connections were last ended for its silence."""
         self._listener = socket.create_server(
             (host, port),
             family=socket.AF_INET6 if ":" in host else socket.AF_INET,
@@ -68,6 +72,8 @@ class Relay:
         self._listener.setblocking(False)
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._joined: set[asyncio.Task[None]] = set()
+        """Those that are connected to the server."""
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
         self._thread.start()
@@ -102,6 +108,11 @@ class Relay:
                 return True
         return False
 
+    def away(self) -> float:
+        """Seconds for which clients have waited for a word of the server; 0: they do not."""
+        since = self._waiting
+        return 0.0 if since is None or not self._tasks else time.monotonic() - since
+
     def drop(self) -> None:
         """End every connection; clients connect again, to where the server is then."""
         with contextlib.suppress(RuntimeError):
@@ -131,11 +142,14 @@ class Relay:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
+        if not self._tasks and time.monotonic() - self._left > NOBODY:
+            self._waiting = None
         self._tasks.add(task)
         try:
             said = bytearray()
             server = await self._connect(reader, said)
             if server is not None:
+                self._joined.add(task)
                 try:
                     if said:
                         server[1].write(said)
@@ -146,7 +160,9 @@ class Relay:
         except asyncio.CancelledError:
             pass  # dropped, or closing: only the connections are to end
         finally:
+            self._joined.discard(task)
             self._tasks.discard(task)
+            self._left = time.monotonic()
             await _close(writer)
 
     async def _connect(
@@ -162,6 +178,7 @@ class Relay:
             if place is not None:
                 with contextlib.suppress(OSError, asyncio.TimeoutError):
                     return await asyncio.wait_for(asyncio.open_connection(*place), CONNECT_SECONDS)
+            self._spoken()  # it is here to speak
             if len(said) > MOST_HELD:
                 return None
             try:
@@ -192,18 +209,19 @@ class Relay:
             await asyncio.gather(*ways, return_exceptions=True)
 
     def _spoken(self) -> None:
-        if not self._unanswered:
-            self._unanswered, self._heard = True, time.monotonic()
+        if self._waiting is None:
+            self._waiting = time.monotonic()
 
     def _answered(self) -> None:
-        self._unanswered = False
+        self._waiting = None
 
     async def _listen(self) -> None:
         while self._silence is not None:
             await asyncio.sleep(LISTEN_EVERY)
-            if self._unanswered and time.monotonic() - self._heard > self._silence:
-                self._unanswered = False
-                for task in self._tasks:
+            now, since = time.monotonic(), self._waiting
+            if since is not None and now - max(since, self._made_anew) > self._silence:
+                self._made_anew = now
+                for task in self._joined:
                     task.cancel()
 
 

@@ -14,6 +14,7 @@
         groups/<a>.*              who runs replica group <a>, and how its attempts ended
         groups/array-<B>          the array job <B> has joined this run
         ranks/<a>.<attempt>/      full output of every rank, by torchrun; stacks of hung ones
+        terms/                    who stood in for the lighthouse (launcher/terms.py)
         orders.jsonl              what the guardian tells the launchers on the nodes
         events.jsonl              what the guardian saw and did
         report.html               what `launcher report` made of all that
@@ -106,6 +107,11 @@ class RunDir:
     @property
     def lighthouse_log(self) -> Path:
         return self.path / "lighthouse.log"
+
+    @property
+    def terms(self) -> Path:
+        """Which lighthouse serves it, where another one than the login node's has stood in."""
+        return self.path / "terms"
 
     @property
     def orders(self) -> Path:

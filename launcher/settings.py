@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.config import VARIABLES
+from launcher.variables import VARIABLES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

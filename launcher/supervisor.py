@@ -37,12 +37,15 @@ from launcher.lighthouse_child import (
 )
 from launcher.lock import acquire
 from launcher.model import BlindError, KitError, UsageError
+from launcher.office import Office
 from launcher.process import port_holder, start_time
 from launcher.relay import Relay
-from launcher.rundir import Outputs
+from launcher.rundir import Outputs, RunDir
 
 #: Pause before a lighthouse that died is started again, doubling up to the second.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+#: Seconds that whoever stands in for a lighthouse has to hand over to it.
+TAKE_OVER_SECONDS = 10.0
 #: Seconds for which a lighthouse that was started for a run waits for it.
 UNUSED_SECONDS = 300.0
 
@@ -74,8 +77,10 @@ class Supervisor:
         """When it was last claimed by a run; its own start before that."""
         self._stop = threading.Event()
         self._child: LighthouseChild | None = None
-        self._ready = False
-        self._quorum_id = 0
+        self._ready = self._waiting = False
+        """Whether the lighthouse serves; whether it is up while another one stands in for it."""
+        self._office = Office(self._claimed_run, say)
+        self._quorum_id = self._past = 0
         self._log_path: tuple[float, Path] = (0.0, folder.log)
 
     def run(self) -> None:
@@ -96,8 +101,9 @@ class Supervisor:
             # It served a run, perhaps on another host: its groups know quorums up to this one.
             self._quorum_id = self._folder.newest_quorum_id()
         log = CappedLog(self._current_log)
+        place = self._settings.listen, self._settings.port
         try:
-            with Relay(self._place, host=self._settings.listen, port=self._settings.port):
+            with Relay(self._place, host=place[0], port=place[1]), self._office.held():
                 self._keep(log)
         finally:
             self._guardian.end()
@@ -142,14 +148,22 @@ class Supervisor:
             if time.monotonic() - started > 60:
                 pause = FIRST_PAUSE
             why = "did not answer" if child.silent else f"died (exit code {code})"
+            if self._office.deposed:
+                why = "is to follow the one that stands in for it"
             self._say(f"lighthouse {why}; starting it again in {pause:g} s")
             self._stop.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _serve(self, child: LighthouseChild) -> None:
         """Let the replica groups have it, once it is past the quorum ids that they know."""
-        if self._quorum_id:
-            target = self._quorum_id + MARGIN
+        with contextlib.suppress(KitError, OSError):
+            self._office.look()
+        waits = self._waiting = self._office.deposed
+        self._past = 0
+        if self._quorum_id or waits:
+            if waits:  # whoever stands in has given out further ones
+                self._quorum_id = max(self._quorum_id, self._folder.newest_quorum_id())
+            self._past = target = self._quorum_id + MARGIN
             if not child.raise_past(target, self._stop):
                 self._say(f"the lighthouse could not be brought past quorum {target}: ended")
                 child.end()
@@ -168,6 +182,8 @@ class Supervisor:
     def _place(self) -> tuple[str, int] | None:
         """Where the relay on the stable port passes connections on to."""
         child = self._child
+        if self._office.deposed:
+            return self._office.stand_in
         return child.place if child is not None and self._ready else None
 
     def _refuse_second(self) -> None:
@@ -187,10 +203,16 @@ class Supervisor:
             )
 
     def _wait_for(self, child: LighthouseChild) -> int | None:
+        up = time.monotonic()
         while not self._stop.is_set():
             code = child.wait(0.1)
             if code is not None:
                 return code
+            self._office.serves()
+            if not self._office.deposed:
+                self._waiting = False
+            elif not self._waiting or time.monotonic() - up > TAKE_OVER_SECONDS:
+                child.end()  # it knows too little of the quorums given out meanwhile
             if child.quorum_id > self._quorum_id:
                 self._quorum_id = child.quorum_id
                 self._remember()
@@ -227,8 +249,6 @@ class Supervisor:
             self._child.end()
 
     def _publish(self, child: LighthouseChild) -> None:
-        host = self._settings.host
-        serving = f"[{host}]:{child.port}" if ":" in host else f"{host}:{child.port}"
         self._folder.publish(
             Address(
                 url=self._settings.url,
@@ -238,11 +258,20 @@ class Supervisor:
                 process_started=start_time(os.getpid()),
                 user=getpass.getuser(),
                 started=time.time(),
+                past=self._past,
+                min_replicas=self._settings.min_replicas,
+                heartbeat_timeout_ms=self._settings.heartbeat_timeout_ms,
                 join_timeout_ms=self._settings.join_timeout_ms,
+                quorum_tick_ms=self._settings.quorum_tick_ms,
                 with_run=self._with_run,
-                serving=serving,
+                serving=self._settings.serving(child.port),
             )
         )
+
+    def _claimed_run(self) -> RunDir | None:
+        run = self._folder.claimed_by()
+        found = None if run is None else self._outputs.run_of_array(run)
+        return found if found is not None and found.manifest_path.exists() else None
 
     def _current_log(self) -> Path:
         """The log of the run that claimed this lighthouse; looked up twice a second."""

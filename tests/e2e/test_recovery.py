@@ -19,6 +19,7 @@ from launcher.lighthouse import LighthouseDir
 from launcher.rundir import RunDir
 from launcher.sandbox import Sandbox
 from launcher.state import RunState
+from launcher.terms import Terms
 from launcher.watcher import Watcher
 from tests.conftest import copy_of
 from tests.e2e.conftest import Workspace, eventually
@@ -115,11 +116,14 @@ def shell(cluster: Workspace, tmp_path: Path) -> Iterator[Workspace]:
     shell.launcher("lighthouse", "down")
 
 
-def lighthouse_process(shell: Workspace) -> psutil.Process:
-    folder = LighthouseDir.of(shell.outputs, f"http://127.0.0.1:{PORT}")
-    address = folder.address()
+def supervisor(shell: Workspace) -> psutil.Process:
+    address = LighthouseDir.of(shell.outputs, f"http://127.0.0.1:{PORT}").address()
     assert address is not None
-    children = psutil.Process(address.pid).children()
+    return psutil.Process(address.pid)
+
+
+def lighthouse_process(shell: Workspace) -> psutil.Process:
+    children = supervisor(shell).children()
     return next(c for c in children if "lighthouse_process" in " ".join(c.cmdline()))
 
 
@@ -144,6 +148,17 @@ def test_a_run_survives_whatever_happens_to_its_processes(
         assert [g.attempt for g in going.state.groups.values()] == attempts
         assert [g.failed_commits for g in going.state.groups.values()] == failed
         assert going.state.quorum_id > quorum + 50, "past every id that managers have had"
+
+        # Its host dies, supervisor and all: a group's launcher stands in until it is back.
+        terms = Terms(going.run.terms)
+        supervisor(shell).kill()
+        eventually(lambda: terms.newest().serving, 20, "a replica group stands in")
+        going.full()
+        shell.launcher("lighthouse", "up", "--detach")
+        eventually(lambda: not terms.newest().serving, 20, "the login node has it again")
+        going.full()
+        assert [g.attempt for g in going.state.groups.values()] == attempts
+        assert [g.failed_commits for g in going.state.groups.values()] == failed
 
         # A rank hangs, with heartbeats: it is killed with its stacks kept.
         hung = going.after(lambda: going.rank(1).send_signal(signal.SIGUSR1))

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config import VARIABLES, Site
+from launcher.config import Site
 from launcher.model import UsageError
+from launcher.variables import VARIABLES
 from tests.conftest import REPOSITORY
 
 

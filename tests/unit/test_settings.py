@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from launcher import layers
-from launcher.config import VARIABLES
 from launcher.layers import resolve
 from launcher.model import UsageError
 from launcher.settings import SETTINGS
+from launcher.variables import VARIABLES
 from tests.conftest import REPOSITORY
 
 
