@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import gpus, methods, shards, timeouts
+from launcher import gpus, methods, shards, timeouts, titan_names
 from launcher.batches import Batches, Layout, batches
 from launcher.config import Site
 from launcher.datafiles import PATTERNS, data_files
@@ -57,6 +57,8 @@ def check(site: Site, groups: int = 0, nodes: int = 1, *, on_node: bool = True) 
     """
     _check_packages(*_NEEDED)
     settings = load(site.config)
+    if problems := titan_names.problems(settings, site.extra_args, site.config):
+        raise UsageError("; ".join(problems))
     check_assets(settings, site.extra_args, site.config)
     steps = _whole(setting(settings, site.extra_args, "training", "steps"), "training.steps")
     if not groups:

@@ -46,27 +46,40 @@ class Summary:
     step: str
 
 
-def listed(outputs: Outputs, slurm: Scheduler, *, every: bool = False) -> Iterator[Summary]:
+def listed(outputs: Outputs, slurm: Slurm, *, every: bool = False) -> Iterator[Summary]:
     """Runs, newest first; those that have ended only with ``every``, and those of which that
     cannot be known always."""
+    try:
+        in_queue = slurm.in_queue()
+    except BlindError:
+        in_queue = None
     for run in reversed(outputs.runs()):
         try:
             scheduler = scheduler_of(run, slurm)
         except KitError:
             scheduler = slurm
+        live: list[Job] = []
         try:
-            live = [job for job in scheduler.jobs(*run.arrays()) if job.live]
+            if scheduler is not slurm or _is_queued(run, in_queue):
+                live = [job for job in scheduler.jobs(*run.arrays()) if job.live]
         except BlindError:
             if scheduler is slurm and not run.finished.exists():
                 yield _unseen(run)
                 continue
-            live = []  # the daemon of a run of one machine is gone, and its tasks with it
+            # Else the daemon of a run of one machine is gone, and its tasks with it.
         if live or every:
             try:
                 yield _summary(run, live)
             except (KitError, TypeError, ValueError, AttributeError) as error:
                 why = f"damaged: {error}"
                 yield Summary(run=run.name, started=0.0, state=why, groups="-", step="-")
+
+
+def _is_queued(run: RunDir, in_queue: frozenset[int] | None) -> bool:
+    """Whether Slurm has tasks of a run. Asked once for all: there may be hundreds of old runs."""
+    if in_queue is None:
+        raise BlindError("Slurm could not be asked")
+    return bool(in_queue.intersection(run.arrays()))
 
 
 def _unseen(run: RunDir) -> Summary:

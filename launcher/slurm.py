@@ -106,6 +106,17 @@ class Slurm:
         found.sort(key=lambda job: (job.live, job.array_job_id))
         return list({job.task: job for job in found}.values())
 
+    def in_queue(self) -> frozenset[int]:
+        """Jobs (of an array: its id) of anybody's that wait, run or end.
+
+        Raises:
+            BlindError: the controller could not be asked.
+        """
+        done = self._run(["squeue", "--noheader", "--format=%F"])
+        if done.code != 0:
+            raise _blind(done)
+        return frozenset(int(word) for word in done.out.split() if word.isdigit())
+
     def own_arrays(self, folder: str, script: str) -> list[int]:
         """Array job ids of this user's queued or running jobs that were submitted from
         ``folder`` with a script of that name, oldest first.

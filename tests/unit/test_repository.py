@@ -27,6 +27,7 @@ ORDER = [
     "restarts",
     "timeouts",
     "titan",
+    "titan_names",
     "batches",
     "methods",
     "relay",

@@ -18,6 +18,8 @@ from tests.conftest import FakeRun
 
 LINE = "{job}|50|{task}|{state}|worker-{task}|N/A|None\n"
 
+QUEUED = ("squeue", "--noheader", "--format=%F")
+
 
 def tasks(*states: str) -> str:
     return "".join(LINE.format(job=50 + n, task=n, state=state) for n, state in enumerate(states))
@@ -171,10 +173,12 @@ def test_a_list_needs_slurms_word(elastic: RunDir, fake_run: FakeRun) -> None:
     outputs = Outputs(elastic.path.parent.parent)
     (row,) = runs.listed(outputs, Slurm(fake_run))
     assert row.state == runs.UNSEEN, "which is not the same as ended"
+    assert len(fake_run.calls) == 1, "whoever does not answer is not asked again for each run"
     fake_run.on("squeue", out=tasks("RUNNING", "PENDING"))
+    fake_run.on(*QUEUED, out="7\n50\n50\n")
     (row,) = runs.listed(outputs, Slurm(fake_run))
     assert (row.run, row.state, row.groups) == ("tft-50", "runs", "0/2")
-    fake_run.on("squeue", out="")
+    fake_run.on(*QUEUED, out="7\n")
     assert list(runs.listed(outputs, Slurm(fake_run))) == []
     (row,) = runs.listed(outputs, Slurm(fake_run), every=True)
     assert row.state == "ended early"
@@ -215,6 +219,7 @@ def test_a_damaged_run_is_a_row_like_any(elastic: RunDir, fake_run: FakeRun) -> 
     manifest = json.loads(elastic.manifest_path.read_text())
     elastic.manifest_path.write_text(json.dumps({**manifest, "cluster": "moon"}))
     fake_run.on("squeue", out=tasks("RUNNING"))
+    fake_run.on(*QUEUED, out="50\n")
     (row,) = runs.listed(Outputs(elastic.path.parent.parent), Slurm(fake_run))
     assert row.run == "tft-50"
     elastic.manifest_path.write_text(json.dumps({**manifest, "group_size": "2"}))
