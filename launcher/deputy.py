@@ -19,14 +19,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from launcher import lease
+from launcher import lease, records
 from launcher.capped_log import CappedLog
+from launcher.environment import Task
 from launcher.lighthouse import Address, LighthouseDir, answers, split
 from launcher.lighthouse_child import MARGIN, LighthouseChild, LighthouseSettings, listen_address
 from launcher.model import KitError
 from launcher.payload import complain, say
 from launcher.plan import Plan
-from launcher.records import newest_step
 from launcher.relay import Relay
 from launcher.terms import Terms, electors
 
@@ -66,6 +66,8 @@ class Deputy:
         self._child: LighthouseChild | None = None
         self._log: CappedLog | None = None
         self._term = 0
+        self._noted = False
+        """Whether the run's story says that this one stands in."""
         self._complaint = ""
 
     def place(self) -> tuple[str, int] | None:
@@ -150,7 +152,7 @@ class Deputy:
             return
         now, (counted, needed) = time.monotonic(), self._counted
         if now - counted > COUNT_EVERY:
-            newest = {each: newest_step(self._plan.run.events(each)) for each in everybody}
+            newest = {each: records.newest_step(self._plan.run.events(each)) for each in everybody}
             needed = electors({each: step for each, step in newest.items() if step is not None})
             self._counted = now, needed
         if not needed or not needed <= voters:
@@ -186,6 +188,7 @@ class Deputy:
         with contextlib.suppress(OSError):
             self._folder.remember_quorum_id(past)
         if self._terms.take(number, settings.serving(child.port), by):
+            self._note(serves=True)
             say(f"{by} stands in for the lighthouse of {known.url}, past quorum {past}")
         else:
             self._end()
@@ -203,16 +206,21 @@ class Deputy:
         if answers(f"http://{back.serving}", AWAY_SECONDS) is None:
             self._address = back
             self._end()
-            self._terms.take(self._term + 1, "", f"replica {self._held_replica()}")
+            self._terms.take(self._term + 1, "", "the one that stood in")
             say(f"the lighthouse {back.url} is back: this one has ended")
 
-    def _held_replica(self) -> str:
+    def _note(self, *, serves: bool) -> None:
         mine = self._held()
-        return "?" if mine is None else str(mine.replica)
+        if mine is not None:
+            task = Task(replica=mine.replica, attempt=mine.number, node=mine.host)
+            records.note(self._plan.run, task, "stand_in", serves=serves)
+        self._noted = serves
 
     def _end(self) -> None:
         child, log, self._child, self._log = self._child, self._log, None, None
         if child is not None:
             child.end()
+        if self._noted:
+            self._note(serves=False)
         if log is not None:
             log.close()

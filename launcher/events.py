@@ -60,6 +60,7 @@ REPLICA_KINDS = frozenset(
         "xid",
         "busy",
         "fenced",
+        "stand_in",
         "leave",
         "action",
         "resize",

@@ -292,6 +292,18 @@ def _lighthouse(snapshot: Snapshot) -> Iterator[Finding]:
         )
 
 
+def _stand_in(snapshot: Snapshot) -> Iterator[Finding]:
+    if snapshot.state.stand_in is not None and not snapshot.state.finished:
+        replica, host, t = snapshot.state.stand_in
+        yield Finding(
+            kind="lighthouse_stand_in",
+            severity=Severity.WARNING,
+            message=f"replica {replica} on {host} has stood in for the lighthouse for "
+            f"{max(0.0, snapshot.now - t):.0f} s, and no guardian looks after the run: `python -m "
+            "launcher lighthouse up --detach` where it ran, or with its --name elsewhere",
+        )
+
+
 def _gpus(snapshot: Snapshot) -> Iterator[Finding]:
     for group in snapshot.state.groups.values():
         for t, host, gpu, xid in list(group.xids)[-1:]:
@@ -345,6 +357,7 @@ RULES: tuple[Rule, ...] = (
     _stalled,
     _straggler,
     _lighthouse,
+    _stand_in,
     _restart_storm,
     _bad_node,
     _in_the_queue,

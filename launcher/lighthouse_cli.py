@@ -169,6 +169,8 @@ def lighthouse_status(
 ) -> None:
     """Say whether the lighthouse is up, answers, and which run it serves; exit 1 when not."""
     from launcher.lighthouse import responds
+    from launcher.rundir import Outputs
+    from launcher.terms import Terms
 
     folder = _lighthouse_folder(outputs, host, port, name)
     address = folder.address()
@@ -182,6 +184,10 @@ def lighthouse_status(
         + ("answers" if problem is None else f"does not answer: {problem}")
         + (f"; claimed by run tft-{run}" if run is not None else "; serves no run yet")
     )
+    if run is not None:
+        term = Terms(Outputs(outputs.absolute()).run_of_array(run).terms).newest()
+        if term.serving:
+            say(f"{term.by} stands in for it at {term.serving}")
     if problem is not None:
         raise typer.Exit(1)
 

@@ -64,6 +64,8 @@ class Observed:
     contacts: Contacts = field(default_factory=Contacts)
     outage: Incident | None = None
     """The incident of the lighthouse that has not ended."""
+    stand_in: tuple[int, str, float] | None = None
+    """Replica group that runs the lighthouse, its node, and since when."""
     scheduler: str = "Slurm"
     """Who runs its tasks, in words."""
 

@@ -28,6 +28,15 @@ class Outages(Observed):
             outage.started_at, outage.rejoined_at = event.t, None
         return [Notice(event.t, "the lighthouse was started again")]
 
+    def _stand_in(self, group: Group, event: Event) -> Iterable[Notice]:
+        where = f"replica {group.replica} on {event.get('host')}"
+        if event.get("serves"):
+            self.stand_in = group.replica, str(event.get("host")), event.t
+            yield Notice(event.t, f"{where} stands in for the lighthouse")
+        elif self.stand_in is not None and self.stand_in[0] == group.replica:
+            self.stand_in = None
+            yield Notice(event.t, f"{where} stands in for the lighthouse no more")
+
     def _heartbeat_failed(self, group: Group, event: Event) -> Iterable[Notice]:
         self.contacts.failed(group.replica, contact_sign(event))
         signs = self.contacts.lost(self.members, event.t)

@@ -31,7 +31,7 @@ __all__ = ["Notice", "RunState"]
 #: Weight of the newest measurement in the moving mean of a group's own work.
 BUSY_WEIGHT = 0.2
 #: Kinds that are told of a copy of a group by another, or when another one runs already.
-TOLD_OF_OTHERS = frozenset({"fenced", "action"})
+TOLD_OF_OTHERS = frozenset({"fenced", "stand_in", "action"})
 
 
 @dataclass(slots=True)

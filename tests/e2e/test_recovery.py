@@ -154,9 +154,11 @@ def test_a_run_survives_whatever_happens_to_its_processes(
         supervisor(shell).kill()
         eventually(lambda: terms.newest().serving, 20, "a replica group stands in")
         going.full()
+        assert going.state.stand_in is not None
         shell.launcher("lighthouse", "up", "--detach")
         eventually(lambda: not terms.newest().serving, 20, "the login node has it again")
         going.full()
+        assert going.state.stand_in is None
         assert [g.attempt for g in going.state.groups.values()] == attempts
         assert [g.failed_commits for g in going.state.groups.values()] == failed
 

@@ -323,3 +323,16 @@ def test_what_is_sent_and_written_of_it(
     assert (row["replica"], row["kind"], row["host"]) == (None, "lighthouse_lost", "")
     assert got[-1].causes == {"lighthouse lost": 1}
     assert got[-1].last_recovery is None
+
+
+def test_who_stands_in_for_the_lighthouse_is_a_finding() -> None:
+    state = RunState(group_size=2)
+    (notice,) = state.apply(said(10.0, "stand_in", 1, host="worker-1", serves=True, attempt=1))
+    assert notice.text == "replica 1 on worker-1 stands in for the lighthouse"
+    (finding,) = judge(Snapshot(state=state, now=70.0))
+    assert (finding.kind, "for 60 s" in finding.message) == ("lighthouse_stand_in", True)
+    assert "lighthouse up --detach" in finding.message
+    state.apply(said(80.0, "stand_in", 0, host="worker-0", serves=False, attempt=1))
+    assert state.stand_in is not None, "another one's"
+    state.apply(said(90.0, "stand_in", 1, host="worker-1", serves=False, attempt=1))
+    assert judge(Snapshot(state=state, now=91.0)) == []

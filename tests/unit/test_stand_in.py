@@ -239,6 +239,8 @@ def test_a_group_stands_in_and_gives_it_back(
         eventually(lambda: not terms.newest().serving)
         assert answers(f"http://{serving}") is not None, "it has ended"
         eventually(lambda: one.deputy.place() == two.deputy.place() == back.place)
+    told = [json.loads(line) for line in run.events(0).read_text().splitlines()]
+    assert [e["serves"] for e in told if e["kind"] == "stand_in"] == [True, False]
     said = capsys.readouterr()
     assert "replica 0 on 127.0.0.1 stands in for the lighthouse" in said.out
     assert "asks for another" in said.err
