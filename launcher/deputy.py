@@ -31,12 +31,12 @@ from launcher.relay import Relay
 from launcher.terms import Terms, electors
 
 #: Seconds between two looks.
-LOOK_EVERY = 0.3
+LOOK_EVERY = 0.2
 #: Seconds of silence after which a group votes; a supervisor has a dead one back in one. After
 #: each vote that helped nothing, twice as long, up to the second figure.
-AWAY_SECONDS, MOST_AWAY_SECONDS = 3.0, 60.0
+AWAY_SECONDS, MOST_AWAY_SECONDS = 2.0, 60.0
 #: Seconds that the supervisor has to answer the votes of all, and between two that would stand in.
-GRACE_SECONDS, TURN_SECONDS = 0.8, 6.0
+GRACE_SECONDS, TURN_SECONDS = 0.5, 6.0
 #: How many groups prepare to stand in: the others would read as many files for nothing.
 CANDIDATES = 3
 #: Seconds between two readings of all groups' newest steps.

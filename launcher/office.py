@@ -14,7 +14,7 @@ from launcher.rundir import RunDir
 from launcher.terms import Term, Terms
 
 #: Seconds between two looks; longer by this for every replica group whose vote is read.
-LOOK_EVERY, LOOK_EACH = 0.3, 0.002
+LOOK_EVERY, LOOK_EACH = 0.2, 0.002
 #: Seconds for which a supervisor whose lighthouse does not come up still answers votes.
 ABLE_SECONDS = 30.0
 
