@@ -196,7 +196,8 @@ class Deputy:
     def _serve(self, child: LighthouseChild) -> None:
         known = self._folder.newest_quorum_id()
         if child.quorum_id > known:
-            self._folder.remember_quorum_id(child.quorum_id)
+            with contextlib.suppress(OSError):
+                self._folder.remember_quorum_id(child.quorum_id)
         if child.wait(0.0) is not None or self._terms.newest().number != self._term:
             self._end()
             return

@@ -89,12 +89,15 @@ class Terms:
         return newest
 
     def vote(self, number: int, replica: int) -> None:
-        """Vote for a term, for good.
+        """Vote for a term, for good; not on a full disk, where nobody could take that term.
 
         Raises:
             KitError: it cannot be written.
         """
+        room = self._folder / f"room.{replica}"
         with _said(self._folder):
+            create_once(room, _text({"number": number}))
+            room.unlink()
             overwrite(self._vote(replica), _text({"number": number}))
 
     def voters(self, number: int, replicas: Iterable[int]) -> frozenset[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -73,6 +74,19 @@ def test_damaged_files_never_give_a_vote_back(tmp_path: Path) -> None:
     # Whoever took a term and died before it was told has taken it all the same.
     (tmp_path / "newest.json").write_text((tmp_path / "1.taken").read_text())
     assert terms.newest().number == 3
+
+
+def test_on_a_full_disk_nobody_votes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terms = Terms(tmp_path)
+    terms.begin(0)
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("launcher.files.os.link", full)
+    with pytest.raises(KitError, match="No space left"):
+        terms.vote(1, 0)
+    assert terms.present_for(0) == Term(number=0), "it would have nowhere to go"
 
 
 def test_who_may_have_committed_the_newest_step_must_have_voted() -> None:
