@@ -121,6 +121,7 @@ def test_a_supervisor_that_lives_answers_a_vote(
 ) -> None:
     said: list[str] = []
     office, terms = Office(lambda: run, said.append), Terms(run.terms)
+    terms.begin(1)
     terms.vote(1, 1)
     office.look()
     assert terms.newest() == Term(number=1, by="the supervisor", t=terms.newest().t)
