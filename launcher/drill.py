@@ -114,6 +114,8 @@ def whole(state: RunState) -> str:
     ]
     if state.outage is not None:
         away.append("the lighthouse is not back")
+    if state.stand_in is not None:
+        away.append(f"replica {state.stand_in[0]} stands in for the lighthouse")
     away += [
         f"replica {replica} has not recovered"
         for replica in state.groups

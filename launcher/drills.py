@@ -113,9 +113,10 @@ class Target:
     def of_ranks(self, *words: str) -> list[Step]:
         return [Step(argv=self.hands(*words, pids=self.pids))]
 
-    def of_lighthouse(self, number: str) -> list[Step]:
+    def of_lighthouse(self, number: str, whom: str = "lighthouse") -> list[Step]:
+        """A signal to the lighthouse, or to its ``supervisor``."""
         pid, started = self.supervisor
-        here = [self.python, "-m", "launcher.hands", "lighthouse", number]
+        here = [self.python, "-m", "launcher.hands", whom, number]
         return [Step(argv=(*here, f"--pid={pid}", f"--started={started:.2f}"))]
 
     def of_node(self, *changes: str) -> list[Step]:
@@ -368,6 +369,17 @@ KINDS = {
             steps=lambda t: t.of_lighthouse("STOP"),
             restore=lambda t: t.of_lighthouse("CONT"),
             needs="the lighthouse's supervisor is on this machine",
+            by=((Stage.DETECTED, 60.0),),
+        ),
+        Kind(
+            name="lighthouse-host",
+            does="the lighthouse is killed and its supervisor stopped, as if their host were gone: a "
+            "replica group stands in until they are back",
+            follows=Follows.OUTAGE,
+            steps=lambda t: [*t.of_lighthouse("STOP", "supervisor"), *t.of_lighthouse("KILL")],
+            restore=lambda t: t.of_lighthouse("CONT", "supervisor"),
+            restore_after=Stage.COMMITS,
+            needs="the lighthouse's supervisor is on this machine, and TFT_STAND_IN is not 0",
             by=((Stage.DETECTED, 60.0),),
         ),
     )

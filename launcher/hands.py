@@ -169,14 +169,26 @@ def _each(pids: Sequence[int], number: signal.Signals) -> None:
 def lighthouse(options: argparse.Namespace) -> str:
     """Send a signal to the lighthouse of that supervisor."""
     number = signal.Signals[f"SIG{options.what}"]
-    (supervisor,) = options.pid
-    if not still_runs(supervisor, options.started):
-        raise HandsError(f"process {supervisor} is not the lighthouse's supervisor any more")
+    supervisor = _supervisor(options)
     found = list(lighthouses(supervisor))
     if not found and number is not signal.SIGCONT:
         raise HandsError(f"the supervisor {supervisor} has no lighthouse just now")
     _each(found, number)
     return f"{number.name} to {len(found)} processes"
+
+
+def supervisor(options: argparse.Namespace) -> str:
+    """Send a signal to the lighthouse's supervisor."""
+    number = signal.Signals[f"SIG{options.what}"]
+    _each([_supervisor(options)], number)
+    return f"{number.name} to the supervisor"
+
+
+def _supervisor(options: argparse.Namespace) -> int:
+    (pid,) = options.pid
+    if not still_runs(pid, options.started):
+        raise HandsError(f"process {pid} is not the lighthouse's supervisor any more")
+    return int(pid)
 
 
 def lighthouses(supervisor: int) -> Iterator[int]:
@@ -216,6 +228,7 @@ _ACTS: dict[str, Callable[[argparse.Namespace], str]] = {
     "limit": limit,
     "slow": slow,
     "lighthouse": lighthouse,
+    "supervisor": supervisor,
     "rpc": rpc,
 }
 

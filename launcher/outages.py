@@ -23,6 +23,8 @@ class Outages(Observed):
         self.lighthouse_starts += 1
         if self.lighthouse_starts == 1 and not self.quorum_id:
             return []
+        if self.stand_in is not None:
+            return [Notice(event.t, "a lighthouse is up beside the one that stands in")]
         if self.quorum_id and not all(self.group(r).ended_ok for r in self.members):
             outage = self.open_outage(event.t, [restart_sign(event)])
             outage.started_at, outage.rejoined_at = event.t, None

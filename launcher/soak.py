@@ -148,7 +148,7 @@ def room(state: RunState, active: Active, max_down: int) -> bool:
     if len(active.drills) >= max_down:
         return False
     down = [r for r in state.groups if r not in state.members or state.open_incident(r)]
-    if state.outage is not None or None in active.hit():
+    if state.outage is not None or state.stand_in is not None or None in active.hit():
         return False  # with the lighthouse away, nobody can come back
     # One must be there to heal from, whatever happens to it.
     return not whole(state) if max_down == 1 else len(down) < min(max_down, state.size - 1)

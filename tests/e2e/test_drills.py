@@ -17,7 +17,7 @@ from tests.e2e.test_recovery import Training, training
 
 pytestmark = pytest.mark.slurm
 PORT = "29647"
-KINDS = "kill-rank,node-down,hang,lighthouse-kill,stop"
+KINDS = "kill-rank,node-down,hang,lighthouse-host,stop"
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ ISSUE = [
     "disk-full",
     "lighthouse-kill",
     "lighthouse-freeze",
+    "lighthouse-host",
 ]
 
 
@@ -69,7 +70,7 @@ def test_every_kind_is_there_and_says_what_it_does() -> None:
 
 def test_what_lasts_is_put_back() -> None:
     for name in ("node-down", "node-drain", "node-crash", "network-cut", "time-limit", "stop",
-                 "slow", "disk-full", "lighthouse-freeze", "oom"):  # fmt: skip
+                 "slow", "disk-full", "lighthouse-freeze", "lighthouse-host", "oom"):  # fmt: skip
         assert KINDS[name].restore(TARGET), name
 
 
@@ -109,6 +110,11 @@ GOLDEN = {
         f"{HANDS} signal CONT --run=/o/torchft/tft-60 --pid=500 --pid=501",
     ],
     "lighthouse-kill": [f"{HANDS} lighthouse KILL --pid=77 --started=1000.00"],
+    "lighthouse-host": [
+        f"{HANDS} supervisor STOP --pid=77 --started=1000.00",
+        f"{HANDS} lighthouse KILL --pid=77 --started=1000.00",
+        f"{HANDS} supervisor CONT --pid=77 --started=1000.00",
+    ],
 }
 
 

@@ -69,6 +69,9 @@ def test_never_more_failures_at_once_than_allowed(fake_run: FakeRun) -> None:
     assert not room(run.state, under_way("kill-rank"), 1)
     assert room(run.state, under_way("kill-rank"), 2)
     assert not room(run.state, under_way("lighthouse-kill"), 2), "nobody can come back without it"
+    run.state.stand_in = (0, "worker-0", 1.0)
+    assert not room(run.state, under_way("kill-rank"), 2), "the lighthouse is not back"
+    run.state.stand_in = None
     run.lose(heal=False)
     assert not room(run.state, Active(), 1), "one is away still"
     assert room(run.state, under_way("kill-rank"), 2)
