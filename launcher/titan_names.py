@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -50,27 +51,36 @@ def _in_file(settings: Mapping[str, Any], known: Names, config: object) -> Itera
 
 
 def _in_flags(extra: Sequence[str], known: Names) -> Iterator[str]:
-    for position, word in enumerate(extra):
-        if not word.startswith("--"):
-            continue
-        told, separator, value = word[2:].partition("=")
+    words = list(extra)
+    while words:
+        word = words.pop(0)
+        told, separator, value = word.removeprefix("--").partition("=")
         name = told.replace("-", "_")
         section, _, leaf = name.rpartition(".")
         negated = f"{section}.{leaf.removeprefix('no_')}"
-        if name not in known and known.get(negated) == "bool" and leaf.startswith("no_"):
-            continue
-        if name not in known:
+        if not word.startswith("--"):
+            yield f"{word!r} stands after no flag that takes a value"
+        elif name not in known and leaf.startswith("no_") and known.get(negated) == "bool":
+            if separator:
+                yield f"--{told} is a switch, and takes no value"
+        elif name not in known:
             yield f"torchtitan has no flag --{told}{_near(name, known, '--')}"
+            words = _from_next_flag(words)
         elif known[name] == "bool":
             if separator:
                 yield f"--{told} is a switch: --{told}, or --{section}.no_{leaf}, without a value"
+        elif not separator and (not words or words[0].startswith("--")):
+            yield f"--{told} needs a value"
         else:
-            following = extra[position + 1] if position + 1 < len(extra) else None
-            given = value if separator else following
-            if given is None or (not separator and given.startswith("--")):
-                yield f"--{told} needs a value"
-            elif problem := _misfit(known[name], given):
-                yield f"--{told} must be {problem}, not {given!r}"
+            value = value if separator else words.pop(0)
+            if problem := _misfit(known[name], value):
+                yield f"--{told} must be {problem}, not {value!r}"
+            if known[name].startswith("list["):
+                words = _from_next_flag(words)
+
+
+def _from_next_flag(words: list[str]) -> list[str]:
+    return list(itertools.dropwhile(lambda word: not word.startswith("--"), words))
 
 
 def _leaves(part: Mapping[str, Any], known: Names, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -44,6 +44,10 @@ def test_flags_that_torchtitan_takes_pass() -> None:
         (["--activation_checkpoint.mode=all"], "must be one of selective, full, memory_budget"),
         (["--job.description", "--compile.enable"], "--job.description needs a value"),
         (["--compile.enable=true"], "--compile.enable is a switch"),
+        (["--compile.no-enable=true"], "--compile.no-enable is a switch"),
+        (["--compile.enable", "true"], "'true' stands after no flag that takes a value"),
+        (["--training.steps", "5", "6"], "'6' stands after no flag"),
+        (["--stpes", "5", "6"], "no flag --stpes"),
     ],
 )
 def test_a_mistake_in_a_flag_is_told(flags: list[str], problem: str) -> None:
