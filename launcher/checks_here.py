@@ -179,7 +179,8 @@ def leftovers(stale: Sequence[str], several: Sequence[str], visits: Sequence[Pat
         return failed(
             "leftovers",
             f"several lighthouses are published: {', '.join(several)}",
-            "set TORCHFT_LIGHTHOUSE to one of them, or end the others (`lighthouse down`)",
+            "set TORCHFT_LIGHTHOUSE to one of them, or end those that serve nobody (`lighthouse "
+            "status` and `down`)",
         )
     if stale:
         return warning(

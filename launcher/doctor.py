@@ -130,7 +130,7 @@ def _machine(
     yield checks_here.ports(target.lighthouse_port, taken, known.own_ports())
     tokenizer = settings is not None and not problem.startswith("no tokenizer")
     yield from checks_here.tokens(surroundings.hub_token(), surroundings.wandb_key(env), tokenizer)
-    several = () if target.lighthouse else known.urls
+    several = () if target.lighthouse else known.free
     visits = surroundings.old_visits(Outputs(target.outputs))
     yield checks_here.leftovers(known.stale, several, visits)
 
@@ -180,8 +180,8 @@ def _cluster(target: Target, slurm: Slurm) -> Iterator[Result]:
 
 
 def _job_script(target: Target, slurm: Slurm) -> Result:
-    flags = ["--array=0-1", *target.flags()]
-    if target.device == "cuda":
+    flags = list(target.job_flags)
+    if target.device == "cuda" and not any(f.startswith("--gpus-per-node=") for f in flags):
         flags.append(f"--gpus-per-node={target.ranks_per_node}")
     try:
         said = slurm.would_start(flags, TORCHTITAN_JOB).splitlines()[-1:]
@@ -190,8 +190,8 @@ def _job_script(target: Target, slurm: Slurm) -> Result:
         return failed(
             "job script",
             f"Slurm would refuse {TORCHTITAN_JOB}: {'; '.join(words.splitlines())}",
-            "its header asks for a node of 8 GPUs and 128 CPUs; flags of sbatch win over it, e.g. "
-            "--cpus-per-task=64",
+            "its header asks for a node of 8 GPUs and 128 CPUs: say gpus_per_node and cpus_per_node in "
+            "the profile, or give sbatch flags such as --cpus-per-task=64, which win over it",
         )
     except KitError as error:
         return blind("job script", _last_line(error))

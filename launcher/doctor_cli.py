@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -29,7 +30,7 @@ def doctor(
 ) -> None:
     """Check this machine, Slurm and a node before a run. Exit code 0: nothing failed, 1: something
     did, 4: something needed could not be looked at."""
-    from launcher import checks, doctor
+    from launcher import checks, doctor, process
     from launcher.model import UsageError
     from launcher.slurm import Slurm
     from launcher.target import target_of
@@ -38,7 +39,8 @@ def doctor(
         raise UsageError("--deep needs a job: leave --no-job out")
     target, env = target_of(profile, os.environ, partition=partition, account=account)
     scope = doctor.Scope(job=not no_job, deep=deep, nodes=nodes, queue_seconds=wait)
-    sections = doctor.examine(target, scope, Slurm(), env, _progress)
+    slurm = Slurm(partial(process.run, env=env))
+    sections = doctor.examine(target, scope, slurm, env, _progress)
     if as_json:
         say(doctor.as_json(sections))
     elif sys.stdout.isatty():

@@ -198,8 +198,12 @@ class GroupJob(submitit.Job[Outcome]):
 class Run:
     """A run that was submitted."""
 
-    def __init__(self, path: RunDir, slurm: Scheduler) -> None:
+    def __init__(
+        self, path: RunDir, slurm: Scheduler, env: Mapping[str, str] | None = None
+    ) -> None:
+        """``env``: environment of tasks that are added; None: this process's."""
         self.path = path.path
+        self._env = env
         self._run, self._slurm = path, slurm
         self._watcher = GroupWatcher(path, slurm)
 
@@ -255,7 +259,8 @@ class Run:
 
     def scale(self, replicas: int) -> None:
         """Give it more replica groups, which join and heal, or fewer, which leave."""
-        runs.scale(self._run, replicas, self._slurm, os.environ, say=lambda line: None)
+        env = os.environ if self._env is None else self._env
+        runs.scale(self._run, replicas, self._slurm, env, say=lambda line: None)
 
     def __repr__(self) -> str:
         return f"Run({self.name!r})"
@@ -290,6 +295,7 @@ def submit(
         raise UsageError(f"flags is a list of words, not {flags!r}: split it")
     if cluster not in (SLURM, LOCAL):
         raise UsageError(f"cluster must be {SLURM!r} or {LOCAL!r}, not {cluster!r}")
+    submission.require_root()
     env = dict(os.environ if env is None else env)
     said = {"replicas": replicas, "flags": list(flags), **settings}
     run_file = None
@@ -297,10 +303,11 @@ def submit(
         run_file = Path(config)
     elif config is not None:
         said["config"] = str(config)
-    plan = submission.plan(layers.resolve(said, env, run_file=run_file, profile=profile), env)
+    resolved = layers.resolve(said, env, run_file=run_file, profile=profile)
+    plan = submission.plan(resolved, env, local=cluster == LOCAL)
     start = submission.submit_local if cluster == LOCAL else submission.submit
     run = start(plan, env, say=lambda line: None)
-    return Run(run, scheduler_of(run))
+    return Run(run, scheduler_of(run), env)
 
 
 def find(name: str | None = None, outputs: str | Path = "outputs") -> Run:

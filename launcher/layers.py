@@ -195,8 +195,9 @@ def _checked(
     kinds, values = _kinds(), {}
     for key, value in said.items():
         if key not in BY_KEY:
-            near = difflib.get_close_matches(key, BY_KEY, n=1)
-            hint = f": did you mean {near[0]}?" if near else f"; known are {', '.join(BY_KEY)}"
+            known = [*BY_KEY, PROFILE_KEY]
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f": did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
             problems.append(f"{names[key]} is not a setting{hint}")
             continue
         kind, words = kinds[BY_KEY[key].kind]

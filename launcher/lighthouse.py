@@ -247,10 +247,13 @@ class LighthouseDir:
                 lock.rmdir()
 
 
-def discover(outputs: Outputs, by_hand: str) -> tuple[str, LighthouseDir]:
+def discover(outputs: Outputs, by_hand: str, run: int = 0) -> tuple[str, LighthouseDir]:
     """URL and folder of the lighthouse to use: the one set by hand, else the one published.
 
-    (One that is named after a run is that run's own.)
+    (One that is named after a run is that run's own, and so is one that ends with another run.)
+
+    Args:
+        run: array job id of the run that asks.
 
     Raises:
         UsageError: none is published, or several are.
@@ -263,7 +266,7 @@ def discover(outputs: Outputs, by_hand: str) -> tuple[str, LighthouseDir]:
     if by_hand:
         known = [folder for url, folder in published if url == by_hand]
         return by_hand, known[0] if known else LighthouseDir.of(outputs, by_hand)
-    published = [(url, at) for url, at in published if not re.fullmatch(r"tft-\d+", at.path.name)]
+    published = [(url, at) for url, at in published if not _is_anothers(at, run)]
     if len(published) == 1:
         return published[0]
     if published:
@@ -275,6 +278,14 @@ def discover(outputs: Outputs, by_hand: str) -> tuple[str, LighthouseDir]:
         f"no lighthouse is published under {outputs.lighthouses}: run "
         "`python -m launcher lighthouse up --detach` on the login node, or set TORCHFT_LIGHTHOUSE"
     )
+
+
+def _is_anothers(folder: LighthouseDir, run: int) -> bool:
+    if re.fullmatch(r"tft-\d+", folder.path.name):
+        return True
+    address = folder.address()
+    with_run = address is not None and address.with_run
+    return with_run and folder.claimed_by() not in (None, run)
 
 
 def split(url: str) -> tuple[str, int]:

@@ -201,8 +201,9 @@ class Learning:
         ranks = self.layout.ranks
         if self.method is DDP and ranks != 1:
             yield (
-                f"method ddp is one rank a replica group, and this one has {ranks}: submit with "
-                "--gpus-per-node=1 (and --oversubscribe for several groups on a node), or take hsdp"
+                f"method ddp is one rank a replica group, and this one has {ranks}: one node a group, "
+                "submitted with --gpus-per-node=1 (and --oversubscribe for several groups on a node), "
+                "or take hsdp"
             )
         elif ranks > 1 and not self.layout.sharded:
             yield (

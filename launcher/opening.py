@@ -171,7 +171,7 @@ def _lighthouse(site: Site, outputs: Outputs, run: RunDir) -> tuple[str, Lightho
         folder = LighthouseDir.of_run(run, manifest)
         address = folder.address()
         return address.url if address is not None else manifest.lighthouse, folder
-    return lighthouse.discover(outputs, site.lighthouse)
+    return lighthouse.discover(outputs, site.lighthouse, run.number)
 
 
 def _await_lighthouse(run: RunDir, url: str) -> None:

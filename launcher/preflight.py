@@ -57,9 +57,13 @@ def check(site: Site, groups: int = 0, nodes: int = 1, *, on_node: bool = True) 
     """
     _check_packages(*_NEEDED)
     settings = load(site.config)
-    if problems := titan_names.problems(settings, site.extra_args, site.config):
+    problems = titan_names.problems(settings, site.extra_args, site.config)
+    try:
+        check_assets(settings, site.extra_args, site.config)
+    except UsageError as error:
+        problems.append(str(error))
+    if problems:
         raise UsageError("; ".join(problems))
-    check_assets(settings, site.extra_args, site.config)
     steps = _whole(setting(settings, site.extra_args, "training", "steps"), "training.steps")
     if not groups:
         _refuse(site.config, _timeouts(settings, site, HSDP))
@@ -96,7 +100,7 @@ def check_script(site: Site, script: str) -> Training:
         problems.append(str(error))
     if problems:
         raise UsageError("; ".join(problems))
-    return Training(settings={}, steps=None)
+    return Training(settings={}, steps=None, method=methods.METHODS[site.method or HSDP.name])
 
 
 def check_assets(settings: dict[str, Any], extra: Sequence[str], config: Path) -> None:

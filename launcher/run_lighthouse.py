@@ -9,7 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.interrupts import signals_ignored
-from launcher.lighthouse import Address, LighthouseDir, alive, responds
+from launcher.lighthouse import (
+    Address,
+    LighthouseDir,
+    alive,
+    require_answer,
+    responds,
+    split,
+)
 from launcher.lighthouse_child import PORTS
 from launcher.methods import Method, lighthouse_problem
 from launcher.model import BlindError, KitError, UsageError
@@ -18,6 +25,7 @@ from launcher.rundir import Outputs
 from launcher.settings import ports
 from launcher.slurm import Slurm
 from launcher.supervisor import start_detached, stop
+from launcher.timeouts import PROFILES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +42,21 @@ class Wanted:
     """What starts a new one, without its host and port."""
     method: Method
     groups: int
+    host_said: bool = False
+    """Whether ``host`` was asked for."""
+    timeouts: str = ""
+    """Of ``timeouts.PROFILES``; empty: any."""
 
     def misfit(self, address: Address) -> str:
         """Why that lighthouse cannot serve the run; empty when it can."""
         return lighthouse_problem(self.method, self.groups, address.join_timeout_ms)
+
+    def as_said(self, address: Address) -> bool:
+        """Whether that lighthouse is what a new one would be, as far as that was asked for."""
+        patience = PROFILES[self.timeouts].heartbeat_timeout_ms if self.timeouts else None
+        return (not self.host_said or split(address.url)[0] == self.host) and (
+            patience in (None, address.heartbeat_timeout_ms)
+        )
 
 
 def find_or_start(
@@ -64,6 +83,7 @@ def find_or_start(
         (folder, address) for folder in folders if (address := _address(folder)) is not None
     ]
     if wanted.url:
+        require_answer(wanted.url)
         for folder, address in published:
             if address.url == wanted.url:
                 if problem := wanted.misfit(address):
@@ -72,7 +92,7 @@ def find_or_start(
         return wanted.url, LighthouseDir.of(outputs, wanted.url)
     for folder, address in published:
         # (One that was started for a run ends with that.)
-        fits = not address.with_run and not wanted.misfit(address)
+        fits = not address.with_run and wanted.as_said(address) and not wanted.misfit(address)
         if fits and _is_free(folder, address, slurm):
             say(f"lighthouse {address.url} is up, and serves no run")
             return address.url, folder
@@ -86,13 +106,16 @@ def _address(folder: LighthouseDir) -> Address | None:
 
 
 def _is_free(folder: LighthouseDir, address: Address, slurm: Slurm) -> bool:
-    """Whether a lighthouse of this user's on this machine answers and serves no run."""
-    with contextlib.suppress(BlindError):  # of another machine
-        if address.user != getpass.getuser() or not alive(address):
+    """Whether a lighthouse of this user's answers and serves no run."""
+    if address.user != getpass.getuser():
+        return False
+    try:
+        if not alive(address):
             return False
-        folder.release_if_ended(slurm)
-        return folder.claimed_by() is None and responds(address.url) is None
-    return False
+    except BlindError:
+        pass  # of another machine, as a job perhaps: whether it answers is all that can be seen
+    folder.release_if_ended(slurm)
+    return folder.claimed_by() is None and responds(address.url) is None
 
 
 def _start(

@@ -208,15 +208,15 @@ def scale(
     jobs = slurm.jobs(*run.arrays())
     if not any(job.live for job in jobs):
         raise UsageError(f"{run.name} has ended: nothing of it is in the queue")
-    before = _size(run, manifest)
-    if replicas != before:
-        _note(run, replicas)
     with _alone(run), Watcher.of_run(run, slurm) as watcher:
         watcher.look(final=True)
         if watcher.blind:
             blind = "; ".join(f"{name}: {why}" for name, why in watcher.blind.items())
             raise BlindError(f"who trains in {run.name} cannot be seen: {blind}")
         missing, surplus = _differences(watcher, replicas, jobs)
+        before = _size(run, manifest)
+        if replicas != before:
+            _note(run, replicas)
         if missing:
             try:
                 _grow(run, manifest, missing, env, slurm_with, say)

@@ -10,7 +10,6 @@ import contextlib
 import getpass
 import json
 import os
-import re
 import secrets
 import shlex
 import socket
@@ -24,9 +23,10 @@ from typing import IO
 from launcher import local_run, preflight, process
 from launcher.config import Site
 from launcher.files import replace
+from launcher.handover import environment, indices, sbatch_flags
 from launcher.interrupts import signals_ignored, stop_on_signals
 from launcher.lock import acquire
-from launcher.methods import DDP, HSDP
+from launcher.methods import HSDP
 from launcher.model import BlindError, KitError, UsageError
 from launcher.opening import SCRIPT_JOB, TORCHTITAN_JOB, manifest_of
 from launcher.run_lighthouse import Wanted, find_or_start
@@ -40,8 +40,6 @@ _MISLEADING = frozenset(
     for name in ("ARRAY_INX", "EXPORT", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "JOB_NAME",
                  "NO_REQUEUE", "OPEN_MODE", "REQUEUE", "SIGNAL", "WAIT", "OUTPUT", "ERROR")
 ) | {"TFT_LIGHTHOUSE_NAME"}  # fmt: skip
-#: What the job script's header asks for.
-HEADER_GPUS, HEADER_CPUS, HEADER_NOTICE = 8, 128, 600.0
 #: Seconds that another submission of ours may take.
 PATIENCE = 60.0
 
@@ -111,109 +109,73 @@ def require_root() -> None:
         raise UsageError(f"{Path.cwd()} is not the root of the repository: submit from there")
 
 
-def plan(resolved: Resolved, env: Mapping[str, str]) -> Submission:
+def plan(resolved: Resolved, env: Mapping[str, str], *, local: bool = False) -> Submission:
     """Check everything that can be checked before something is started.
 
+    Args:
+        local: it is to run on this machine, which sees to its ranks itself.
+
     Raises:
-        UsageError: what is wrong, where, and what to do.
+        UsageError: what is wrong, where, and what to do: every problem.
     """
-    replicas = resolved.get("replicas")
-    if replicas is None:
-        raise UsageError(
-            "say how many replica groups: --replicas N, or `replicas: N` in a run file"
-        )
-    most = resolved.get("max_replicas", replicas)
-    if most < replicas:
-        raise UsageError(f"--max-replicas {most} is less than --replicas {replicas}")
     require_root()
-    if env.get("TFT_RUN"):
-        raise UsageError(
-            f"TFT_RUN is {env['TFT_RUN']}, and a submission is a run of its own: unset it"
-        )
+    replicas = resolved.get("replicas", 0)
+    most, nodes = resolved.get("max_replicas", replicas), resolved.get("nodes_per_replica", 1)
+    script = resolved.get("script")
+    problems = list(_contradictions(resolved, env, most))
     env = cleaned(env)
-    handed = resolved.environment()
-    for name in resolved.get("variables", {}):
-        if name in env:  # a shell's word is stronger than a file's
-            del handed[name]
-    if resolved.get("max_replicas"):
-        handed["TFT_MAX_REPLICAS"] = str(most)
-    # Tasks take it from their GPUs; here there are none to count.
-    ranks = 1 if resolved.get("method") == DDP.name else resolved.get("gpus_per_node")
-    if ranks and not resolved.get("ranks_per_node"):
-        handed["TFT_RANKS_PER_NODE"] = str(ranks)
+    handed = environment(resolved, env, local=local)
     job = [TORCHTITAN_JOB]
-    if script := resolved.get("script"):
-        if resolved.get("config") and not resolved.sources["config"].startswith("$"):
-            raise UsageError("a run has a torchtitan config or a script of yours, not both")
+    if script:
         job = [SCRIPT_JOB, script, *resolved.get("flags", ())]
         handed.pop("TFT_EXTRA_ARGS", None)
-    site = Site.from_environment({**env, **handed})
-    nodes = resolved.get("nodes_per_replica", 1)
-    if nodes > 1 and resolved.get("container"):
-        raise UsageError(
-            "a replica group of several nodes needs srun and scontrol, which a container has not: "
-            "leave `container` or --nodes-per-replica out"
-        )
-    training = (
-        preflight.check_script(site, script)
-        if script
-        else preflight.check(site, most, nodes, on_node=False)
-    )
-    spares = site.spares
+    site = training = None
+    try:
+        site = Site.from_environment({**env, **handed})
+        if script:
+            training = preflight.check_script(site, script)
+        elif local:  # whoever starts it there checks it, with the ranks that there are
+            training = preflight.Training(settings={}, steps=None)
+        else:
+            training = preflight.check(site, most, nodes, on_node=False)
+    except UsageError as error:
+        problems.append(str(error))
+    if problems or site is None or training is None:
+        raise UsageError("; ".join(problems))
     return Submission(
         resolved=resolved,
         site=site,
         training=training,
         environment=handed,
-        flags=_sbatch(resolved, _indices(replicas, most, spares), site),
+        flags=sbatch_flags(resolved, indices(replicas, most, site.spares), site),
         job=job,
         lighthouse=()
         if resolved.get("lighthouse")
         else _lighthouse_command(resolved, site, training.method.name),
         replicas=replicas,
         max_replicas=most,
-        spares=spares,
+        spares=site.spares,
         nodes_per_replica=nodes,
     )
 
 
-def _indices(replicas: int, most: int, spares: int) -> str:
-    """Array indices: replica groups from 0 up, and spares after the most that there can be."""
-    ranges = [(0, replicas), *([(most, most + spares)] if spares else [])]
-    if most == replicas:
-        ranges = [(0, replicas + spares)]
-    return ",".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in ranges)
-
-
-def _sbatch(resolved: Resolved, array: str, site: Site) -> list[str]:
-    flags = [f"--array={array}", "--export=ALL"]
-    if site.notice != HEADER_NOTICE:
-        flags.append(f"--signal=B:USR2@{site.notice:g}")
-    if (nodes := resolved.get("nodes_per_replica", 1)) > 1:
-        flags.append(f"--nodes={nodes}")
-    gpus, cpus = resolved.get("gpus_per_node"), resolved.get("cpus_per_node")
-    if site.method == DDP.name:
-        # A group is one GPU, and takes its share of a node, not the whole of it.
-        flags.append("--oversubscribe")
-        cpus = max(1, (cpus or HEADER_CPUS) // (gpus or HEADER_GPUS))
-        gpus = 1
-    flags += [f"--gpus-per-node={gpus}"] if gpus else []
-    flags += [f"--cpus-per-task={cpus}"] if cpus else []
-    further = resolved.sbatch_flags()
-    if site.method == DDP.name:
-        further = [
-            _share_of(flag, resolved.get("gpus_per_node") or HEADER_GPUS) for flag in further
-        ]
-    return [*flags, *filter(None, further)]
-
-
-def _share_of(flag: str, gpus: int) -> str:
-    """A flag for a group of one GPU: of a node's memory its share (of "all of it" there is none)."""
-    match = re.fullmatch(r"--mem=(\d+)([KMGT]?)", flag)
-    if match is None:
-        return flag
-    share = int(match[1]) // gpus
-    return f"--mem={share}{match[2]}" if share else ""
+def _contradictions(resolved: Resolved, env: Mapping[str, str], most: int) -> Iterator[str]:
+    """What of the settings does not go together."""
+    replicas = resolved.get("replicas")
+    if replicas is None:
+        yield "say how many replica groups: --replicas N, or `replicas: N` in a run file"
+    elif most < replicas:
+        yield f"--max-replicas {most} is less than --replicas {replicas}"
+    if env.get("TFT_RUN"):
+        yield f"TFT_RUN is {env['TFT_RUN']}, and a submission is a run of its own: unset it"
+    named = resolved.get("config") and not resolved.sources["config"].startswith("$")
+    if resolved.get("script") and named:
+        yield "a run has a torchtitan config or a script of yours, not both"
+    if resolved.get("nodes_per_replica", 1) > 1 and resolved.get("container"):
+        yield (
+            "a replica group of several nodes needs srun and scontrol, which a container has not: "
+            "leave `container` or --nodes-per-replica out"
+        )
 
 
 def _lighthouse_command(resolved: Resolved, site: Site, method: str) -> list[str]:
@@ -259,13 +221,17 @@ def submit(
             command=submission.lighthouse,
             method=submission.training.method,
             groups=submission.max_replicas,
+            host_said=bool(submission.resolved.get("lighthouse_host")),
+            timeouts=submission.resolved.get("timeouts") or "",
         )
         url, folder = find_or_start(wanted, outputs, env, slurm_with(env), undo, say)
         handed = {**submission.environment, "TORCHFT_LIGHTHOUSE": url}
         slurm = slurm_with({**env, **handed})
         token = f"tft-submit-{secrets.token_hex(6)}"
         flags = list(submission.flags)
-        if not any(flag.startswith("--comment=") for flag in flags):
+        if any(flag.startswith("--comment=") for flag in flags):
+            token = ""  # the comment is the user's
+        else:
             flags.append(f"--comment={token}")
         try:
             array = slurm.submit(flags, submission.job[0], submission.script)
@@ -299,9 +265,7 @@ def submit_local(
     if submission.max_replicas != submission.replicas:
         problems.append("a run of one machine cannot grow: leave --max-replicas out")
     if submission.nodes_per_replica != 1:
-        problems.append(
-            "a replica group of one machine has one node: leave --nodes-per-replica out"
-        )
+        problems.append("a group of one machine has one node: leave --nodes-per-replica out")
     if problems:
         raise UsageError("; ".join(problems))
     return local_run.up(
@@ -350,6 +314,8 @@ def _cancel_lost(slurm: Slurm, token: str, say: Callable[[str], None]) -> None:
     """Cancel what Slurm may have taken, although it did not say so."""
     with signals_ignored():
         try:
+            if not token:
+                raise KitError("its comment is one of yours")
             for array in slurm.commented(token):
                 _cancel(slurm, array, say)
         except KitError as error:
@@ -365,15 +331,19 @@ def _cancel(slurm: Slurm, array: int, say: Callable[[str], None]) -> None:
             say(f"job {array} could NOT be cancelled: `scancel {array}` ({error})")
 
 
-def next_steps(run: RunDir, submission: Submission, *, grows: bool = True) -> list[str]:
-    """What a person does after a submission."""
+def next_steps(
+    run: RunDir, submission: Submission, env: Mapping[str, str], *, grows: bool = True
+) -> list[str]:
+    """What a person does after a submission, in a shell with that environment."""
     of = f" of {submission.max_replicas}" if submission.max_replicas != submission.replicas else ""
     spares = f" and {submission.spares} spares" if submission.spares else ""
-    where = min(os.path.relpath(run.path), str(run.path), key=len)
+    where = shlex.quote(min(os.path.relpath(run.path), str(run.path), key=len))
+    searched = Outputs(Path(env.get("TFT_OUTPUTS") or "outputs").absolute())
+    name = run.name if run.path.parent.parent == searched.root else where
     return [
         f"run {run.name}: {submission.replicas}{of} replica groups{spares}",
-        f"  python -m launcher monitor {run.name}      # what happens; Ctrl-C leaves the run alone",
-        f"  tail -F {shlex.quote(where)}/{run.name}_0.out    # its log",
-        *([f"  python -m launcher scale {run.name} --replicas N"] if grows else []),
-        f"  python -m launcher cancel {run.name}",
+        f"  python -m launcher monitor {name}      # what happens; Ctrl-C leaves the run alone",
+        f"  tail -F {where}/{run.name}_0.out    # its log",
+        *([f"  python -m launcher scale {name} --replicas N"] if grows else []),
+        f"  python -m launcher cancel {name}",
     ]

@@ -14,7 +14,6 @@ from launcher.lighthouse_cli import OUTPUTS, OutputsOption, say
 from launcher.model import BlindError, UsageError
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run name or array job id.")]
-_SLURM, _TRAINING, _CLUSTER = "Slurm", "Training", "Cluster"
 
 
 class WithFlags(typer.core.TyperCommand):
@@ -112,7 +111,7 @@ def submit(
         for line in explained(resolved.explain()):
             say(line)
         return
-    planned = submission.plan(resolved, os.environ)
+    planned = submission.plan(resolved, os.environ, local=cluster == "local")
     if dry_run and cluster == "local":
         raise UsageError("--dry-run shows what Slurm would get: leave --cluster local out")
     if dry_run:
@@ -125,7 +124,7 @@ def submit(
         )
     start = submission.submit_local if cluster == "local" else submission.submit
     run = start(planned, os.environ, say=say)
-    for line in submission.next_steps(run, planned, grows=cluster == "slurm"):
+    for line in submission.next_steps(run, planned, os.environ, grows=cluster == "slurm"):
         say(line)
 
 

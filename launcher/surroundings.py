@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 import socket
@@ -17,6 +18,7 @@ from typing import Any
 from launcher.doctor_node import installed
 from launcher.environment import wandb_switch
 from launcher.lighthouse import Address, LighthouseDir, alive, responds
+from launcher.lighthouse_child import listen_address
 from launcher.model import BlindError, KitError, UsageError
 from launcher.preflight import check_assets, load
 from launcher.process import port_holder
@@ -113,8 +115,8 @@ def wandb_key(env: Mapping[str, str]) -> bool:
 class Lighthouses:
     """What is published below the outputs."""
 
-    urls: tuple[str, ...]
-    """Every one."""
+    free: tuple[str, ...]
+    """Those that a run submitted by hand might mean."""
     stale: tuple[str, ...]
     """Those that are not up, in words."""
     up: tuple[Address, ...]
@@ -128,8 +130,10 @@ class Lighthouses:
 
 def lighthouses(outputs: Outputs) -> Lighthouses:
     """Read what is published, and ask each whether it is up (seconds, for one that hangs)."""
-    urls, stale, up = [], [], []
+    free, stale, up = [], [], []
     for path in sorted(outputs.lighthouses.glob("*/address.json")):
+        if re.fullmatch(r"tft-\d+", path.parent.name):
+            continue  # of a run of one machine, for its own processes
         try:
             address = LighthouseDir(path.parent).address()
         except KitError as error:
@@ -137,12 +141,13 @@ def lighthouses(outputs: Outputs) -> Lighthouses:
             continue
         if address is None:
             continue
-        urls.append(address.url)
+        if not address.with_run:  # that one is its run's own
+            free.append(address.url)
         if problem := _down(address):
             stale.append(f"{address.url} ({problem})")
         else:
             up.append(address)
-    return Lighthouses(urls=tuple(urls), stale=tuple(stale), up=tuple(up))
+    return Lighthouses(free=tuple(free), stale=tuple(stale), up=tuple(up))
 
 
 def _down(address: Address) -> str:
@@ -172,8 +177,7 @@ def places(target: Target, known: Lighthouses, listening: list[int]) -> list[dic
 
 def bind(target: Target) -> str:
     """Address that a lighthouse here would listen on; empty: every interface."""
-    loopback = target.lighthouse_host in ("127.0.0.1", "localhost", "::1")
-    return target.lighthouse_bind or (target.lighthouse_host if loopback else "")
+    return target.lighthouse_bind or listen_address(target.lighthouse_host)
 
 
 def ports(target: Target) -> range:

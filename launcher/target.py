@@ -9,7 +9,9 @@ from pathlib import Path
 
 from launcher import layers, methods
 from launcher.config import Site
+from launcher.handover import environment, sbatch_flags
 from launcher.settings import DEFAULT_PORTS, ports
+from launcher.submission import cleaned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +39,15 @@ class Target:
     """Address of this machine for the nodes."""
     lighthouse_port: int
     lighthouse_bind: str
-    """Address that a lighthouse listens on; empty: every interface."""
+    """Address that a lighthouse listens on; empty: it chooses (``listen_address``)."""
     outputs: Path
     """Root of what runs write, absolute."""
     config: Path
     """torchtitan TOML file."""
     extra_args: tuple[str, ...]
     """torchtitan flags that win over it."""
+    job_flags: tuple[str, ...] = ()
+    """What ``sbatch`` gets for a run of two replica groups."""
     quorum_timeout: float
     """Seconds for which a replica group waits for a quorum."""
 
@@ -66,7 +70,7 @@ def target_of(
         UsageError: a setting is wrong.
     """
     said = layers.resolve({"partition": partition, "account": account}, env, profile=profile)
-    env = {**env, **said.environment()}
+    env = {**cleaned(env), **environment(said, env)}
     site = Site.from_environment(env)
     first, _ = ports(said.get("lighthouse_ports", DEFAULT_PORTS))
     method = methods.METHODS.get(site.method, methods.HSDP)
@@ -78,6 +82,7 @@ def target_of(
             *(f"--{key}={said.get(key)}" for key in ("constraint", "exclude") if said.get(key)),
             *said.get("sbatch_flags", ()),
         ),
+        job_flags=tuple(sbatch_flags(said, "0-1", site)),
         interface=site.interface,
         environment=Path(said.get("environment", ".env")),
         device=site.device,

@@ -38,7 +38,15 @@ def checks(text: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.timeout(180)
 def test_all_is_well_in_the_sandbox(shell: Workspace) -> None:
-    rows = checks(shell.launcher("doctor", "--deep", "--json", timeout=170))
+    # What a node must know comes from the profile alone, and not from this shell.
+    profile = shell.root / "there.yaml"
+    here = {name: shell.env[name] for name in shell.env if name not in ("TFT_ENV", "TFT_DEVICE")}
+    profile.write_text(
+        f"environment: {shell.env['TFT_ENV']}\ndevice: cpu\nlighthouse_host: 127.0.0.1\n"
+        "gpus_per_node: 8\ncpus_per_node: 128\nranks_per_node: 1\n"
+    )
+    words = ("doctor", f"--profile={profile}", "--deep", "--json")
+    rows = checks(Workspace(shell.root, here).launcher(*words, timeout=170))
     # Its KillWait is shorter than a cluster's, so that drills are.
     assert [name for name, row in rows.items() if row["result"] != "passed"] == ["KillWait"]
     assert rows["KillWait"]["result"] == "warning"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import socket
 import threading
@@ -13,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from launcher import doctor, doctor_job, doctor_node, surroundings
+from launcher import doctor, doctor_job, doctor_node, process, surroundings
 from launcher.checks import Grade, Section, blind, failed, passed
 from launcher.doctor_job import Errand
-from launcher.lighthouse import Address, LighthouseDir
+from launcher.lighthouse import Address, LighthouseDir, discover
 from launcher.listener import Listener, heard
 from launcher.model import BlindError, KitError
 from launcher.process import Completed
@@ -246,7 +247,7 @@ def test_what_a_node_should_reach(target: Target, tmp_path: Path) -> None:
     def places(*up: Address, by_hand: str = "") -> list[str]:
         import dataclasses
 
-        known = surroundings.Lighthouses(urls=(), stale=(), up=up)
+        known = surroundings.Lighthouses(free=(), stale=(), up=up)
         chosen = dataclasses.replace(target, lighthouse=by_hand, lighthouse_host="login")
         found = surroundings.places(chosen, known, [5])
         return [one.get("url") or f"{one['host']}:{one['port']}" for one in found]
@@ -256,6 +257,31 @@ def test_what_a_node_should_reach(target: Target, tmp_path: Path) -> None:
     assert places(here) == ["http://login:4", "http://login:6", "login:5"]
     assert places(address("other", "http://other:4")) == ["http://other:4"]
     assert places(by_hand="http://far:9") == ["http://far:9"]
+
+
+def test_a_runs_own_lighthouse_is_nothing_left_over(tmp_path: Path) -> None:
+    outputs, here = Outputs(tmp_path), socket.gethostname()
+    own = process.start_time(os.getpid())
+    for name, with_run in (
+        ("login-1", True),
+        ("login-2", True),
+        ("login-3", False),
+        ("tft-9", False),
+    ):
+        LighthouseDir(outputs.lighthouses / name).publish(
+            Address(
+                url=f"http://{name}:1", host=here, port=1, pid=os.getpid(), process_started=own,
+                user="me", started=1.0, with_run=with_run,
+            )
+        )  # fmt: skip
+    for run in (1, 2):
+        claim = outputs.lighthouses / f"login-{run}" / "claim.json"
+        claim.write_text(json.dumps({"array_job_id": run}))
+    known = surroundings.lighthouses(outputs)
+    assert known.free == ("http://login-3:1",)
+    assert [one.url for one in known.up] == [f"http://login-{n}:1" for n in (1, 2, 3)]
+    # … and a run that is submitted by hand does not take them for its own.
+    assert discover(outputs, "", 7)[0] == "http://login-3:1"
 
 
 def test_a_lighthouse_that_is_gone_is_told(tmp_path: Path) -> None:

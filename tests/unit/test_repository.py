@@ -110,6 +110,7 @@ ORDER = [
     "live",
     "interrupts",
     "run_lighthouse",
+    "handover",
     "submission",
     "runs",
     "jobs",

@@ -203,6 +203,7 @@ def test_two_at_once_do_not_submit_the_same_tasks(elastic: RunDir, fake_run: Fak
     assert held is not None
     with held, pytest.raises(UsageError, match="is being scaled by another command"):
         runs.scale(elastic, 4, Slurm(fake_run), {}, say=print)
+    assert not elastic.guardian_events.exists(), "nobody is told of a size that is refused"
 
 
 def test_who_cannot_be_seen_is_not_cancelled(
@@ -213,6 +214,7 @@ def test_who_cannot_be_seen_is_not_cancelled(
     with pytest.raises(BlindError, match="cannot be seen: log: no"):
         runs.scale(elastic, 1, Slurm(fake_run), {}, say=print)
     assert not [call for call in fake_run.calls if call[0] == "scancel"]
+    assert not elastic.guardian_events.exists()
 
 
 def test_a_damaged_run_is_a_row_like_any(elastic: RunDir, fake_run: FakeRun) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher import lighthouse, submission
+from launcher import handover, lighthouse, submission
 from launcher.layers import resolve
 from launcher.model import BlindError, KitError, UsageError
 from launcher.opening import SCRIPT_JOB, TORCHTITAN_JOB
@@ -34,12 +36,24 @@ train_timeout_seconds = 100
 [fault_tolerance]
 process_group_timeout_ms = 30000
 """
-URL = "http://127.0.0.1:29510"
 
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.fixture(autouse=True)
+def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A lighthouse that is named; what of it is asked here is whether it is there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        named = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setitem(LIGHTHOUSE, "TORCHFT_LIGHTHOUSE", named)
+        yield named
+
+
+#: In the environment of a submission.
+LIGHTHOUSE: dict[str, str] = {}
 
 
 @pytest.fixture
@@ -72,7 +86,7 @@ class Sbatch:
 
 
 def planned(path: Path, tmp_path: Path, **flags: Any) -> submission.Submission:
-    env = {"TFT_OUTPUTS": str(tmp_path / "out"), "TORCHFT_LIGHTHOUSE": URL}
+    env = {"TFT_OUTPUTS": str(tmp_path / "out"), **LIGHTHOUSE}
     said = {"config": str(path), "replicas": 2, **flags}
     return submission.plan(resolve(said, env, profile="sandbox"), env)
 
@@ -98,7 +112,7 @@ def test_a_dry_run_prints_the_exact_commands(
 
 
 def test_the_tasks_get_the_settings_and_the_manifest_says_them(
-    config: Path, tmp_path: Path
+    config: Path, tmp_path: Path, url: str
 ) -> None:
     fake, told = Sbatch(), list[str]()
     plan = planned(config, tmp_path, max_replicas=3, flags=["--job.description", "a 'b' $(c)\nd"])
@@ -107,7 +121,7 @@ def test_the_tasks_get_the_settings_and_the_manifest_says_them(
     assert call[:3] == ["sbatch", "--parsable", "--array=0-1"]
     assert call[-1] == TORCHTITAN_JOB
     assert fake.env["TFT_CONFIG"] == str(config)
-    assert fake.env["TORCHFT_LIGHTHOUSE"] == URL
+    assert fake.env["TORCHFT_LIGHTHOUSE"] == url
     assert fake.env["TFT_MAX_REPLICAS"] == "3"
     assert fake.env["PATH"] == "x"
     manifest = run.manifest()
@@ -116,14 +130,19 @@ def test_the_tasks_get_the_settings_and_the_manifest_says_them(
     record = json.loads(run.submission.read_text())
     assert record["job"] == [TORCHTITAN_JOB]
     assert stat.S_IMODE(os.stat(run.submission).st_mode) == 0o600
-    assert "tft-77: 2 of 3 replica groups" in submission.next_steps(run, plan)[0]
+    there = {"TFT_OUTPUTS": str(tmp_path / "out")}
+    steps = submission.next_steps(run, plan, there)
+    assert "tft-77: 2 of 3 replica groups" in steps[0]
+    assert steps[-1].endswith("launcher cancel tft-77")
+    # In a shell that looks elsewhere, the run is named by its path.
+    assert str(run.path) in submission.next_steps(run, plan, {})[-1]
 
 
 def test_a_script_of_the_users_own_gets_its_flags_as_they_are(tmp_path: Path) -> None:
     script = tmp_path / "my train.py"
     script.write_text("")
     fake = Sbatch()
-    env = {"TFT_OUTPUTS": str(tmp_path / "out"), "TORCHFT_LIGHTHOUSE": URL}
+    env = {"TFT_OUTPUTS": str(tmp_path / "out"), **LIGHTHOUSE}
     said = {"script": str(script), "replicas": 2, "flags": ["--lr", "$(x) 'y'\nz"]}
     plan = submission.plan(resolve(said, env, profile="sandbox"), env)
     assert "TFT_EXTRA_ARGS" not in plan.environment
@@ -202,6 +221,45 @@ def test_a_submission_is_a_run_of_its_own(config: Path) -> None:
         submission.plan(found, {"TFT_RUN": "tft-12"})
 
 
+def test_every_contradiction_is_told_at_once(tmp_path: Path) -> None:
+    said = {"config": "c.toml", "script": "none.py", "nodes_per_replica": 2, "max_replicas": 1}
+    path = tmp_path / "p.yaml"
+    path.write_text("container: /x.sif\n")
+    with pytest.raises(UsageError) as refused:
+        submission.plan(resolve({**said, "replicas": 3}, {}, profile=str(path)), {})
+    for part in ("--max-replicas 1", "not both", "which a container has not", "'none.py' cannot"):
+        assert part in str(refused.value)
+
+
+def test_a_named_lighthouse_must_be_there(config: Path, tmp_path: Path, url: str) -> None:
+    plan = planned(config, tmp_path)
+    plan = dataclasses.replace(
+        plan, resolved=resolve({}, {"TORCHFT_LIGHTHOUSE": "http://127.0.0.1:1"})
+    )
+    with pytest.raises(UsageError, match=r"http://127\.0\.0\.1:1 cannot be reached"):
+        submission.submit(plan, {}, say=print, slurm_with=Sbatch().with_env)
+
+
+def test_a_run_of_this_machine_sees_to_its_ranks_itself(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(CONFIG + "[parallelism]\ndata_parallel_shard_degree = 2\n")
+    profile = tmp_path / "p.yaml"
+    profile.write_text("gpus_per_node: 8\ndevice: cpu\n")
+    found = resolve({"config": str(path), "replicas": 2}, {}, profile=str(profile))
+    assert "TFT_RANKS_PER_NODE" not in submission.plan(found, {}, local=True).environment
+    with pytest.raises(UsageError, match="data_parallel_shard_degree"):
+        submission.plan(found, {})
+
+
+def test_a_script_learns_by_the_method_that_was_said(tmp_path: Path) -> None:
+    script = tmp_path / "t.py"
+    script.write_text("")
+    found = resolve({"script": str(script), "replicas": 3, "method": "local-sgd"}, {})
+    plan = submission.plan(found, {})
+    assert plan.training.method.name == "local-sgd"
+    assert "--method=local-sgd" in plan.lighthouse
+
+
 def test_a_shells_variables_are_stronger_than_a_files(tmp_path: Path, config: Path) -> None:
     path = tmp_path / "p.yaml"
     path.write_text("variables: {NCCL_DEBUG: INFO, A: file}\ndevice: cpu\nranks_per_node: 2\n")
@@ -255,7 +313,7 @@ def test_only_the_repositorys_root_will_do(
 
 
 def indices(replicas: int, most: int, spares: int) -> str:
-    return submission._indices(replicas, most, spares)
+    return handover.indices(replicas, most, spares)
 
 
 @pytest.mark.parametrize(
