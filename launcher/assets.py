@@ -152,22 +152,6 @@ def check(outputs: Path, deep: bool = False) -> list[Checked]:
         raise BlindError(f"{place} cannot be looked at: {error}") from error
 
 
-def problems(outputs: Path, deep: bool = False) -> list[str]:
-    """What is wrong with the assets, one line each, with what to do; none: all that is there
-    is whole, and something is there.
-
-    Raises:
-        KitError, BlindError: as ``check``.
-    """
-    found = check(outputs, deep)
-    if not found:
-        nothing = f"no tokenizer and no data under {folder(outputs)}"
-        return [
-            f"{nothing}: run `python -m launcher assets` (or, with --debug, for a debug corpus)"
-        ]
-    return [problem for checked in found for problem in checked.problems]
-
-
 def report(outputs: Path, deep: bool, say: Callable[[str], None]) -> None:
     """Say what is there and what is wrong with it.
 
@@ -182,7 +166,10 @@ def report(outputs: Path, deep: bool, say: Callable[[str], None]) -> None:
         for problem in checked.problems:
             say(f"        {problem}")
     if not found:
-        raise KitError(problems(outputs, deep)[0])
+        raise KitError(
+            f"no tokenizer and no data under {folder(outputs)}: run `python -m launcher assets` (or, "
+            "with --debug, for a debug corpus)"
+        )
     if failed := [str(checked.place) for checked in found if checked.problems]:
         raise KitError(f"not whole: {', '.join(failed)}")
 

@@ -18,7 +18,7 @@ CRED_EXPIRE = 120
 SLURMD_TIMEOUT = 300
 #: Oldest release on which this kit was tried, as (year, month).
 OLDEST = (22, 5)
-#: Exit codes with which a task ends for good (docs/recovery.md); Slurm must not start it again.
+#: Exit codes with which a task ends for good (docs/exit-codes.md); Slurm must not start it again.
 FINAL_CODES = frozenset({"1", "2"})
 
 _ADMIN = "ask the cluster's administrators"

@@ -171,6 +171,29 @@ class GroupJob(submitit.Job[Outcome]):
             if check:
                 raise
 
+    def _interrupt(self, timeout: bool = False) -> None:
+        """submitit's way to try a preemption: the group is ended and requeued, and heals.
+
+        Raises:
+            UsageError: that of a time limit is Slurm's alone; or this is a spare.
+            KitError: Slurm refused, or could not be asked.
+        """
+        if timeout:
+            raise UsageError(
+                "a time limit is Slurm's to end: `launcher drill time-limit` tries one"
+            )
+        if self.replica is None:
+            raise UsageError(f"task {self.job_id} is a spare, and runs no replica group")
+        runs.requeue(self._run, self.replica, self._slurm)
+
+    def submission(self) -> Any:
+        """Not to be had: a replica group is no pickled function.
+
+        Raises:
+            UsageError: always; says where its configuration is.
+        """
+        raise UsageError(f"{self.job_id} is no pickled function: see {self._run.manifest_path}")
+
     def done(self, force_check: bool = False) -> bool:
         """Whether it has ended for good."""
         return self.watcher.is_done(self.job_id, "force" if force_check else "standard")

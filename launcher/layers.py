@@ -7,6 +7,7 @@ with file and line.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import reprlib
@@ -66,19 +67,23 @@ def resolve(
     """
     problems: list[str] = []
     layers = [_of_flags(flags, problems), _of_environment(env, problems)]
+    choices = [(profile, "command line"), (env.get("TFT_PROFILE", ""), "$TFT_PROFILE")]
     if run_file is not None:
         layer, named = _of_file(run_file, problems, of_a_run=True)
         layers.append(layer)
-        profile = profile or env.get("TFT_PROFILE", "") or named
-    profile = profile or env.get("TFT_PROFILE", "")
-    if profile:
+        choices.append((named, str(run_file)))
+    chosen = next((choice for choice in choices if choice[0]), None)
+    known = ("-", "default")
+    if chosen is not None:
         try:
-            layers.append(_of_file(profile_path(profile), problems, of_a_run=False)[0])
+            path = profile_path(chosen[0])
+            layers.append(_of_file(path, problems, of_a_run=False)[0])
+            known = str(path), chosen[1]
         except UsageError as error:
             problems.append(str(error))
     if problems:
         raise UsageError("\n  ".join(["these settings are wrong:", *problems]))
-    return _merged(layers)
+    return dataclasses.replace(_merged(layers), profile=known)
 
 
 def profile_path(name: str) -> Path:

@@ -124,6 +124,8 @@ class Resolved:
 
     values: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
+    profile: tuple[str, str] = ("-", "default")
+    """File of the cluster profile, and who chose it."""
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a setting; ``default`` where nobody has said anything."""
@@ -151,7 +153,7 @@ class Resolved:
 
     def explain(self) -> list[tuple[str, str, str]]:
         """(key, value, where from) of every setting, in the order of the table."""
-        return [
+        return [("profile", *self.profile)] + [
             (
                 setting.key,
                 _shown(setting, self.values[setting.key])

@@ -82,7 +82,7 @@ class Submission:
             said.append(shlex.join(self.lighthouse))
         said += [
             "",
-            "# run",
+            "# run (and --parsable, TORCHFT_LIGHTHOUSE with its address, and a --comment to find the job by)",
             " \\\n    ".join(["sbatch", *map(shlex.quote, self.flags), shlex.join(self.job)]),
         ]
         text = Path(self.job[0]).read_text(encoding="utf-8")

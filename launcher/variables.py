@@ -69,7 +69,8 @@ VARIABLES = (
     Variable(
         name="TFT_LIGHTHOUSE_PORT",
         default="29510",
-        meaning="port of the lighthouse; its processes use the eight after it",
+        meaning="port of the lighthouse that `lighthouse up` starts; its processes use the eight after it "
+        "(`submit` takes `lighthouse_ports`)",
     ),
     Variable(
         name="TFT_LIGHTHOUSE_NAME",

@@ -18,6 +18,7 @@ from launcher.sandbox import Sandbox
 from launcher.watcher import Watcher
 from tests.conftest import REPOSITORY
 from tests.e2e.conftest import Workspace, eventually
+from tests.e2e.test_recovery import submitted
 
 JOB = "slurm/replica-group.sbatch"
 PORT = "29651"
@@ -53,17 +54,22 @@ def rank(run: RunDir, replica: int) -> psutil.Process:
 @pytest.mark.slurm
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    ("pace", "words"),
+    ("pace", "words", "by_hand"),
     [
-        ("0.1", ("examples/train_ddp.py", "--steps", "240")),
-        ("0.3", ("examples/train_local_sgd.py", "--syncs", "80", "--every", "5")),
+        ("0.1", ("examples/train_ddp.py", "--steps", "240"), True),
+        ("0.3", ("examples/train_local_sgd.py", "--syncs", "80", "--every", "5"), False),
     ],
     ids=["ddp", "local_sgd"],
 )
 def test_a_script_survives_the_loss_of_a_rank(
-    shell: Workspace, sandbox: Sandbox, pace: str, words: tuple[str, ...]
+    shell: Workspace, sandbox: Sandbox, pace: str, words: tuple[str, ...], by_hand: bool
 ) -> None:
-    run = submit(shell.having({"TFT_MIN_STEP_SECONDS": pace}), 2, *words)
+    shell = shell.having({"TFT_MIN_STEP_SECONDS": pace})
+    if by_hand:
+        run = submit(shell, 2, *words)
+    else:
+        script = (f"--script={words[0]}", "--replicas=2", "--", *words[1:])
+        run = shell.outputs.run_of_array(submitted(shell, *script))
     try:
         with Watcher.of_run(run, sandbox.slurm()) as watcher:
             state = watcher.state

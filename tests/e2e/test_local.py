@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 
 import psutil
 import pytest
 
+from launcher import find
 from launcher.hands import whole_task
 from launcher.rundir import RunDir
 from launcher.scheduler import scheduler_of
@@ -39,6 +41,15 @@ def start(shell: Workspace, steps: int) -> RunDir:
     return shell.outputs.find(name)
 
 
+def start_from_python(shell: Workspace, steps: int) -> RunDir:
+    call = (
+        "from launcher import submit; print(submit('configs/debug-cpu.toml', replicas=2, "
+        f"cluster='local', flags=['--training.steps={steps}']).name)"
+    )
+    name = shell.sh(sys.executable, "-c", call).strip()
+    return shell.outputs.find(name)
+
+
 def rank(run: RunDir, replica: int) -> int:
     lines = run.events(replica).read_text().splitlines()
     return int([e for e in map(json.loads, lines) if e["kind"] == "start"][-1]["pid"])
@@ -46,7 +57,7 @@ def rank(run: RunDir, replica: int) -> int:
 
 @pytest.mark.timeout(150)
 def test_a_task_that_is_killed_whole_comes_back_and_the_run_finishes(shell: Workspace) -> None:
-    run = start(shell, STEPS)
+    run = start_from_python(shell, STEPS)
     try:
         eventually(run.manifest_path.is_file, 30, "the run starts")
         with Watcher.of_run(run, scheduler_of(run)) as watcher:
@@ -88,6 +99,9 @@ def test_a_task_that_is_killed_whole_comes_back_and_the_run_finishes(shell: Work
         for part in ("replica 1 is requeued", "RECOVERED", "DONE"):
             assert part in told
         assert [job.state for job in scheduler_of(run).jobs(run.number)] == ["COMPLETED"] * 2
+        found = find(run.name, shell.outputs.root)
+        assert found.wait(10)
+        assert [job.result().attempts for job in found.jobs] == [1, 2]
         assert shell.launcher("report", run.name).strip().endswith("report.html")
         assert run.manifest().cluster == "local"
     finally:

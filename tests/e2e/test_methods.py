@@ -50,8 +50,8 @@ def shell(cluster: Workspace) -> Iterator[Workspace]:
 def test_groups_that_train_by_themselves(
     shell: Workspace, sandbox: Sandbox, method: str, flags: str
 ) -> None:
-    settings = {"TFT_METHOD": method, "TFT_EXTRA_ARGS": f"--training.steps 6000 {flags}"}
-    with training(shell.having(settings), sandbox) as going:
+    submit = [f"--method={method}", "--", "--training.steps=6000", *flags.split()]
+    with training(shell, sandbox, submit=submit) as going:
         incident = going.after(lambda: going.rank(1).kill())
         assert incident.healed_from == 0
         assert going.state.groups[0].failed_commits <= 1

@@ -30,7 +30,7 @@ def sandbox() -> Iterator[Sandbox]:
 def test_groups_of_two_nodes_survive_a_lost_rank_and_a_lost_node(
     shell: Workspace, sandbox: Sandbox
 ) -> None:
-    with training(shell, sandbox, 2, ["--nodes=2"]) as going:
+    with training(shell, sandbox, submit=["--nodes-per-replica=2"]) as going:
         going.full()
         manifest = going.run.manifest()
         assert (manifest.nodes_per_group, manifest.ranks_per_group) == (2, 2)

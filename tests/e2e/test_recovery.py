@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -83,11 +84,28 @@ class Training:
         return incident
 
 
+def submitted(cluster: Workspace, *words: str) -> int:
+    """Array job id of what `launcher submit` has submitted."""
+    said = cluster.launcher("submit", *words)
+    found = re.search(r"^run tft-(\d+): ", said, re.M)
+    assert found is not None, said
+    return int(found[1])
+
+
 @contextlib.contextmanager
 def training(
-    cluster: Workspace, sandbox: Sandbox, tasks: int = 2, flags: Sequence[str] = ()
+    cluster: Workspace,
+    sandbox: Sandbox,
+    tasks: int = 2,
+    flags: Sequence[str] = (),
+    submit: Sequence[str] = (),
 ) -> Iterator[Training]:
-    job = int(cluster.sh("sbatch", "--parsable", f"--array=0-{tasks - 1}", *flags, SCRIPT))
+    """``flags``: sbatch's; ``submit``: the run is submitted by `launcher submit`, with those words."""
+    if submit:
+        words = ("configs/debug-cpu.toml", f"--replicas={tasks}", *submit)
+        job = submitted(cluster, *words)
+    else:
+        job = int(cluster.sh("sbatch", "--parsable", f"--array=0-{tasks - 1}", *flags, SCRIPT))
     going = Training(cluster, sandbox, job)
     try:
         with going.watcher:
@@ -191,7 +209,7 @@ def test_a_run_survives_whatever_happens_to_its_processes(
 def test_a_spare_takes_a_lost_nodes_place_and_the_lost_task_becomes_a_spare(
     shell: Workspace, sandbox: Sandbox
 ) -> None:
-    with training(shell.having({"TFT_SPARES": "1"}), sandbox, 3) as going:
+    with training(shell, sandbox, submit=["--spares=1"]) as going:
         going.full()
         eventually(lambda: spares.ready(going.run.groups), 60, "the spare stands ready")
         node = going.state.groups[1].host

@@ -124,6 +124,18 @@ def test_one_task_is_cancelled_and_no_other(two: Run, fake_run: FakeRun) -> None
     assert [call for call in fake_run.calls if call[0] == "scancel"] == [("scancel", "50_1")]
 
 
+def test_a_group_is_preempted_as_submitit_does_it(two: Run, fake_run: FakeRun) -> None:
+    fake_run.on("scontrol", "requeue")
+    two.jobs[1]._interrupt()
+    assert [call for call in fake_run.calls if call[0] == "scontrol"] == [
+        ("scontrol", "requeue", "50_1")
+    ]
+    with pytest.raises(UsageError, match="drill time-limit"):
+        two.jobs[1]._interrupt(timeout=True)
+    with pytest.raises(UsageError, match=r"no pickled function: see .*run\.json"):
+        two.jobs[1].submission()
+
+
 def test_jobs_can_be_kept(two: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     job = GroupJob(two._run, Slurm(), two._watcher, "50_1")
     two._watcher._slurm = Slurm()

@@ -97,6 +97,22 @@ def planned(path: Path, tmp_path: Path, **flags: Any) -> submission.Submission:
         ("sandbox", {"replicas": 2}, "sandbox"),
         ("h100", {"replicas": 4, "spares": 1, "max_replicas": 8, "name": "an 8B's run"}, "h100"),
         ("soperator", {"replicas": 3, "flags": ["--job.description", "5 $(x)"]}, "soperator"),
+        ("ddp", {"replicas": 16, "method": "ddp"}, "h100"),
+        (
+            "diloco",
+            {
+                "replicas": 3,
+                "method": "diloco",
+                "nodes_per_replica": 2,
+                "flags": ["--training.steps=200"],
+            },
+            "h100",
+        ),
+        (
+            "script",
+            {"replicas": 2, "script": "examples/train_ddp.py", "flags": ["--steps", "it's $(x)"]},
+            "h100",
+        ),
     ],
 )
 def test_a_dry_run_prints_the_exact_commands(
@@ -105,7 +121,8 @@ def test_a_dry_run_prints_the_exact_commands(
     path = tmp_path / "c.toml"
     path.write_text(CONFIG)
     env = {"TFT_CONFIG": "configs/run.toml"}
-    found = resolve({**flags, "config": str(path)}, env, profile=profile)
+    config = {} if "script" in flags else {"config": str(path)}
+    found = resolve({**flags, **config}, env, profile=profile)
     lines = submission.plan(found, env).lines()
     text = "\n".join(lines).replace(str(path), "configs/run.toml") + "\n"
     golden(Path("tests/unit/golden") / f"submit-{name}.txt", text)
