@@ -27,10 +27,10 @@ from launcher.command import Torchrun
 from launcher.config import Site
 from launcher.environment import common_environment
 from launcher.files import read_json, replace
-from launcher.lighthouse import responds
 from launcher.listener import heard
 from launcher.model import KitError
 from launcher.process import run
+from launcher.reach import responds
 from launcher.rundir import Visit
 from launcher.slurm import Slurm
 

@@ -319,6 +319,8 @@ KINDS = {
             steps=lambda t: [*t.of_rank("limit", "AS"), *t.of_rank("signal", "USR2")],
             restore=lambda t: t.of_rank("limit", "AS", "--free"),
             causes=frozenset({Cause.OUT_OF_MEMORY}),
+            # Raised in one of torchft's collectives, it is a failed step at first; then the rank ends.
+            failed_commits=2,
             needs=_DRILLS,
             by=((Stage.DETECTED, 60.0),),
         ),

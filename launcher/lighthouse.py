@@ -13,15 +13,15 @@ import json
 import re
 import socket
 import time
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.files import create_once, overwrite, read_json, replace
 from launcher.model import BlindError, KitError, UsageError
 from launcher.process import still_runs
+from launcher.reach import split
 from launcher.rundir import Manifest, Outputs, RunDir
 from launcher.scheduler import Scheduler, scheduler_of
 from launcher.slurm import Job
@@ -29,12 +29,6 @@ from launcher.timeouts import DEFAULT
 
 #: Seconds after which a left-over claim lock is taken to be a dead process's.
 STALE_LOCK = 90.0
-#: Seconds that the lighthouse's status page may take.
-STATUS_SECONDS = 3.0
-#: Age of a heartbeat, in seconds, up to which its sender counts as alive.
-FRESH_SECONDS = 2.0
-#: Replica id under which the supervisor brings a lighthouse past the ids of the one before.
-RAISER = "raise:0"
 #: Quorum ids beyond which a number that was kept is not believed: a month of one a second.
 MOST_QUORUMS = 3_000_000
 #: Seconds that the tasks of a cancelled run get to end before their lighthouse is refused.
@@ -60,6 +54,8 @@ class Address:
     serving: str = ""
     """``host:port`` of the lighthouse's own process, new at every start of it; ``url`` is the
     supervisor's, which stays. Empty: the same."""
+    answers_votes: bool = False
+    """Whether its supervisor knows of votes for a stand-in (``launcher/terms.py``)."""
     past: int = 0
     """Quorum id that it was brought past when it was started."""
     min_replicas: int = 1
@@ -67,6 +63,20 @@ class Address:
     quorum_tick_ms: int = DEFAULT.quorum_tick_ms
     join_timeout_ms: int = 0
     """How long it waits for groups that live and have not joined; 0: not known."""
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Address:
+        """An address as it was published; what a newer version says beyond it is left out.
+
+        Raises:
+            UsageError, TypeError, ValueError: it is none.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        address = cls(**{key: value for key, value in raw.items() if key in known})
+        split(address.url)
+        return dataclasses.replace(
+            address, pid=int(address.pid), process_started=float(address.process_started)
+        )
 
 
 class LighthouseDir:
@@ -157,11 +167,7 @@ class LighthouseDir:
         try:
             if raw is None:
                 return None
-            address = Address(**raw)
-            split(address.url)
-            return dataclasses.replace(
-                address, pid=int(address.pid), process_started=float(address.process_started)
-            )
+            return Address.of(raw)
         except (TypeError, ValueError, UsageError) as error:
             raise KitError(
                 f"{self._address} is not a lighthouse's address: delete it ({error})"
@@ -286,86 +292,6 @@ def _is_anothers(folder: LighthouseDir, run: int) -> bool:
     address = folder.address()
     with_run = address is not None and address.with_run
     return with_run and folder.claimed_by() not in (None, run)
-
-
-def split(url: str) -> tuple[str, int]:
-    """Host and port of ``http://host:port``.
-
-    Raises:
-        UsageError: it is not such an address.
-    """
-    parts = urllib.parse.urlsplit(url)
-    try:
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise UsageError(f"{url!r} is not a lighthouse address: {error}") from error
-    if parts.scheme not in ("http", "https") or not host or not port:
-        raise UsageError(f"{url!r} is not a lighthouse address like http://host:29510")
-    return host, port
-
-
-def answers(url: str, timeout: float = 3.0) -> str | None:
-    """None when something accepts connections at ``url``, else why not."""
-    host, port = split(url)
-    try:
-        with socket.create_connection((host, port), timeout=timeout):
-            return None
-    except OSError as error:
-        return error.strerror or str(error)
-
-
-def responds(url: str) -> str | None:
-    """None when a lighthouse at ``url`` answers a question, else why not. (Its supervisor accepts
-    connections, and holds them, also while there is none.)"""
-    try:
-        with urllib.request.urlopen(f"{url}/status", timeout=STATUS_SECONDS) as page:  # noqa: S310
-            page.read(1)
-    except (OSError, ValueError) as error:
-        return str(getattr(error, "reason", error))
-    return None
-
-
-def require_answer(url: str) -> None:
-    """Check that the lighthouse accepts connections from here.
-
-    Raises:
-        UsageError: it does not.
-    """
-    if (problem := answers(url)) is not None:
-        raise UsageError(
-            f"the lighthouse {url} cannot be reached from {socket.gethostname()} ({problem}): "
-            "`python -m launcher lighthouse status` on the login node tells whether it runs; "
-            "`lighthouse up --host ADDRESS` publishes another of its addresses"
-        )
-
-
-def refuse_strangers(url: str) -> None:
-    """Check that nobody trains on this lighthouse, before the first task of a run joins it.
-
-    The claim beside it is found by folder and address; this also finds a run that was
-    started from another clone, or under another name of the same machine.
-
-    Raises:
-        UsageError: somebody's replica groups send heartbeats to it.
-    """
-    try:
-        with urllib.request.urlopen(f"{url}/status", timeout=STATUS_SECONDS) as answer:  # noqa: S310
-            page = answer.read(1 << 20).decode(errors="replace")
-    except (OSError, ValueError):
-        return  # it accepts connections (checked before), and says nothing of its members
-    found = re.findall(r"(\S+): seen ([\d.]+)s ago", page)
-    fresh = [
-        name.partition(":")[0]
-        for name, age in found
-        if float(age) < FRESH_SECONDS and name != RAISER
-    ]
-    if fresh:
-        raise UsageError(
-            f"the lighthouse {url} already serves another run ({', '.join(sorted(fresh)[:4])} send "
-            "heartbeats): two runs on one lighthouse would train as one. Wait for it to end, or "
-            "start a second lighthouse (`python -m launcher lighthouse up --port 29511`) and set "
-            "TORCHFT_LIGHTHOUSE to its address"
-        )
 
 
 def alive(address: Address) -> bool:

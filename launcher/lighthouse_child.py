@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import math
 import re
 import socket
 import subprocess
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import IO
 
 from launcher.capped_log import CappedLog
-from launcher.lighthouse import RAISER, wait_until
+from launcher.lighthouse import wait_until
 from launcher.process import listens
+from launcher.reach import FRESH_SECONDS, RAISER
 from launcher.timeouts import DEFAULT
 
 #: Seconds to wait for the lighthouse to listen, and to end when told to.
@@ -30,6 +32,9 @@ MARGIN = 100
 #: Seconds between two probes, for an answer to one, and how many in a row may fail.
 PROBE_EVERY, PROBE_SECONDS, PROBE_FAILURES = 1.0, 2.0, 2
 _PROGRAM = Path(__file__).with_name("lighthouse_process.py")
+#: Seconds without any heartbeat after which nobody reaches the lighthouse.
+HEARD_SECONDS = 6.0
+_SEEN = re.compile(r"(\S+): seen ([\d.]+)s ago")
 _QUORUM_ID = re.compile(rb"Quorum! Quorum \{ quorum_id: (\d+),")
 
 
@@ -138,6 +143,12 @@ class LighthouseChild:
         self._probe: threading.Thread | None = None
         self._probed = time.monotonic()
         self._silent = 0
+        self._last_heard = time.monotonic()
+
+    @property
+    def heard(self) -> bool:
+        """Whether a replica group has sent a heartbeat of late; at first that is not known."""
+        return time.monotonic() - self._last_heard < HEARD_SECONDS
 
     @property
     def pid(self) -> int:
@@ -223,8 +234,11 @@ class LighthouseChild:
         # Its status page takes the lock that quorums take: it shows whether they can go on.
         try:
             with urllib.request.urlopen(f"{self._url}/status", timeout=PROBE_SECONDS) as page:  # noqa: S310
-                page.read()
+                text = page.read().decode(errors="replace")
             self._silent = 0
+            ages = (float(age) for name, age in _SEEN.findall(text) if name != RAISER)
+            if min(ages, default=math.inf) < FRESH_SECONDS:
+                self._last_heard = time.monotonic()
         except OSError:
             self._silent += 1
 

@@ -168,7 +168,7 @@ def lighthouse_status(
     name: NameOption = "",
 ) -> None:
     """Say whether the lighthouse is up, answers, and which run it serves; exit 1 when not."""
-    from launcher.lighthouse import responds
+    from launcher.reach import responds
     from launcher.rundir import Outputs
     from launcher.terms import Terms
 

@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from launcher.lighthouse import split
-from launcher.model import KitError
+from launcher.reach import split
 from launcher.rundir import RunDir
 from launcher.terms import Term, Terms
 
-#: Seconds between two looks; longer by this for every replica group whose vote is read.
-LOOK_EVERY, LOOK_EACH = 0.2, 0.002
+#: Seconds between two looks, and when the run has finished.
+LOOK_EVERY, LOOK_SELDOM = 0.3, 5.0
 #: Seconds for which a supervisor whose lighthouse does not come up still answers votes.
 ABLE_SECONDS = 30.0
 
@@ -22,9 +21,15 @@ ABLE_SECONDS = 30.0
 class Office:
     """Whether the lighthouse of this supervisor is the one that serves."""
 
-    def __init__(self, run: Callable[[], RunDir | None], say: Callable[[str], None]) -> None:
-        """``run``: the one that claimed the lighthouse."""
-        self._run = run
+    def __init__(
+        self,
+        run: Callable[[], RunDir | None],
+        is_heard: Callable[[], bool],
+        say: Callable[[str], None],
+    ) -> None:
+        """``run``: the one that claimed the lighthouse; ``is_heard``: whether replica groups reach
+        that. One that nobody reaches answers no votes."""
+        self._run, self._is_heard = run, is_heard
         self._say = say
         self._done = threading.Event()
         self._term = Term(number=0)
@@ -39,9 +44,10 @@ class Office:
         return bool(self._term.serving)
 
     @property
-    def stand_in(self) -> tuple[str, int]:
-        """Where that one is reached."""
-        return split(f"http://{self._term.serving}")
+    def stand_in(self) -> tuple[str, int] | None:
+        """Where that one is reached; None: nobody does."""
+        serving = self._term.serving
+        return split(f"http://{serving}") if serving else None
 
     def serves(self) -> None:
         """The lighthouse is up, just now."""
@@ -74,7 +80,9 @@ class Office:
             self._say(f"{term.by} stands in for this lighthouse (term {term.number})")
         elif before.serving and not term.serving:
             self._say(f"this lighthouse serves again (term {term.number})")
-        if term.serving or time.monotonic() - self._able > ABLE_SECONDS:
+        if term.serving or terms.asked() <= term.number:
+            return
+        if time.monotonic() - self._able > ABLE_SECONDS or not self._is_heard():
             return
         if self._groups[0] != run.name:
             self._groups = run.name, run.manifest().group_size
@@ -88,8 +96,9 @@ class Office:
         while not self._done.wait(wait):
             try:
                 self.look()
-                wait, self._complaint = LOOK_EVERY + LOOK_EACH * self._groups[1], ""
-            except (KitError, OSError) as error:
+                run, self._complaint = self._run(), ""
+                wait = LOOK_EVERY if run is None or not run.finished.exists() else LOOK_SELDOM
+            except Exception as error:  # without this thread nobody would answer
                 if str(error) != self._complaint:
                     self._complaint = str(error)
                     self._say(f"who serves is not known: {error}")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import lighthouse, preflight
+from launcher import lighthouse, preflight, reach
 from launcher.config import Site
 from launcher.environment import Task
 from launcher.lighthouse import LighthouseDir
@@ -25,10 +25,9 @@ _ARRAY = ("JOB_ID", "TASK_ID", "TASK_COUNT", "TASK_MIN", "TASK_MAX")
 _PACKAGES = ("torch", "torchft-nightly", "torchtitan")
 #: Job script of the groups that torchtitan trains, and of those that a script of the user's does.
 TORCHTITAN_JOB, SCRIPT_JOB = "llama3.1-8b-pretraining-torchft.sh", "slurm/replica-group.sbatch"
-#: Seconds that a lighthouse may be away while a replica group starts: a restart of it, and of a
-#: run that has begun, until another group stands in for it.
-LIGHTHOUSE_PATIENCE, STAND_IN_PATIENCE = 3.0, 60.0
-LIGHTHOUSE_EVERY = 0.2
+#: Seconds that a lighthouse may be away while a replica group starts (a restart of it), and between
+#: two looks at it.
+LIGHTHOUSE_PATIENCE, LIGHTHOUSE_EVERY = 3.0, 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ def enter(site: Site, env: Mapping[str, str], slurm: Scheduler, script: Sequence
     else:
         training = preflight.check(site, groups, nodes)
     url, folder = _lighthouse(site, outputs, run)
-    _await_lighthouse(run, url)
+    _await_lighthouse(site, run, url)
     address = folder.address()
     waits = 0 if address is None else address.join_timeout_ms
     if problem := lighthouse_problem(training.method, groups, waits):
@@ -94,7 +93,7 @@ def enter(site: Site, env: Mapping[str, str], slurm: Scheduler, script: Sequence
     folder.claim(run.number, slurm)
     if not run.manifest_path.exists():
         try:
-            lighthouse.refuse_strangers(url)
+            reach.refuse_strangers(url)
         except UsageError:
             folder.release(run.number)
             raise
@@ -174,20 +173,23 @@ def _lighthouse(site: Site, outputs: Outputs, run: RunDir) -> tuple[str, Lightho
     return lighthouse.discover(outputs, site.lighthouse, run.number)
 
 
-def _await_lighthouse(run: RunDir, url: str) -> None:
-    """Wait until the lighthouse answers, or the one that stands in for it.
+def _await_lighthouse(site: Site, run: RunDir, url: str) -> None:
+    """Wait until the lighthouse answers, or the one that stands in for it. A group of a run that
+    has begun goes on without: its launcher waits too, and may have to vote.
 
     Raises:
         UsageError: it did not in time.
     """
-    begun = run.manifest_path.exists()
-    deadline = time.monotonic() + (STAND_IN_PATIENCE if begun else LIGHTHOUSE_PATIENCE)
+    goes_on = run.manifest_path.exists() and site.relay
+    deadline = time.monotonic() + LIGHTHOUSE_PATIENCE
     while True:
         serving = Terms(run.terms).newest().serving
         try:
-            return lighthouse.require_answer(f"http://{serving}" if serving else url)
+            return reach.require_answer(f"http://{serving}" if serving else url)
         except UsageError:
             if time.monotonic() > deadline:
+                if goes_on:
+                    return None
                 raise
         time.sleep(LIGHTHOUSE_EVERY)
 

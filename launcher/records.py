@@ -6,17 +6,21 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from launcher.environment import Task
+from launcher.model import KitError
 from launcher.payload import complain
 from launcher.restarts import Ending
 from launcher.rundir import RunDir
 from launcher.terms import Commit
 
-#: Bytes at the end of a group's events in which its newest step is looked for.
-TAIL_BYTES = 1 << 17
+#: Bytes at the end of a group's events in which its newest step is looked for, and read at a time:
+#: between two syncs of a semi-sync method an hour of other events may lie.
+MOST_BYTES, BLOCK_BYTES = 1 << 25, 1 << 16
 
 
 def remember(path: Path, ending: Ending) -> list[Ending]:
@@ -78,25 +82,54 @@ def said(events: Path, start: int, kind: str) -> bool:
 
 
 def newest_step(events: Path) -> Commit | None:
-    """The newest step that the group has committed or joined a quorum for; None when it has done
-    neither, or said afterwards that it ended."""
-    newest = None
-    for line in _last_lines(events):
+    """The newest step that the group has committed, or joined a quorum for; None when there is
+    none, or when it has left or finished since.
+
+    Raises:
+        KitError: that cannot be read.
+    """
+    exits: dict[str, Any] | None = None
+    for line in _from_the_end(events):
+        if b'"kind":"exit"' not in line and b'"quorum_id"' not in line:
+            continue
         with contextlib.suppress(ValueError, TypeError, KeyError):
             event = json.loads(line)
             if event["kind"] == "exit":
-                newest = None
+                exits = exits or event  # of several the last
             elif event["kind"] in ("commit", "quorum"):
-                before = newest.step if newest is not None else 0
-                newest = Commit(t=float(event["t"]), step=max(before, int(event["step"])))
-    return newest
+                t, attempt = float(event["t"]), int(event.get("attempt", 0))
+                # (An old copy of the group may end after its next one has begun.)
+                if exits is not None and int(exits.get("attempt", 0)) >= attempt:
+                    if exits.get("code") == 0:
+                        return None
+                    t = max(t, float(exits["t"]))
+                return Commit(
+                    t=t, step=int(event["step"]), quorum_id=int(event.get("quorum_id", 0))
+                )
+    return None
 
 
-def _last_lines(path: Path) -> list[bytes]:
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-        return file.read().splitlines()
-    return []
+def _from_the_end(path: Path) -> Iterator[bytes]:
+    """Lines of a file, the last one first; of a very long one its last part.
+
+    Raises:
+        KitError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            end = os.fstat(file.fileno()).st_size
+            stop, rest = max(0, end - MOST_BYTES), b""
+            while end > stop:
+                start = max(stop, end - BLOCK_BYTES)
+                file.seek(start)
+                rest, *lines = (file.read(end - start) + rest).split(b"\n")
+                yield from reversed(lines)
+                end = start
+            yield rest
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise KitError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def committed(events: Path, start: int) -> bool:

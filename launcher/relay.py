@@ -9,6 +9,7 @@ and quorums (one a step), whatever the number of groups.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import socket
 import struct
@@ -114,9 +115,16 @@ class Relay:
         return 0.0 if since is None or not self._tasks else time.monotonic() - since
 
     def drop(self) -> None:
-        """End every connection; clients connect again, to where the server is then."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._tasks])
+        """End every connection, and wait for that; clients connect again, to where the server is
+        then."""
+        with contextlib.suppress(RuntimeError, TimeoutError, concurrent.futures.TimeoutError):
+            asyncio.run_coroutine_threadsafe(self._drop(), self._loop).result(PATIENCE)
+
+    async def _drop(self) -> None:
+        ending = list(self._tasks)
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)

@@ -9,18 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.interrupts import signals_ignored
-from launcher.lighthouse import (
-    Address,
-    LighthouseDir,
-    alive,
-    require_answer,
-    responds,
-    split,
-)
+from launcher.lighthouse import Address, LighthouseDir, alive
 from launcher.lighthouse_child import PORTS
 from launcher.methods import Method, lighthouse_problem
 from launcher.model import BlindError, KitError, UsageError
 from launcher.process import port_holder
+from launcher.reach import require_answer, responds, split
 from launcher.rundir import Outputs
 from launcher.settings import ports
 from launcher.slurm import Slurm

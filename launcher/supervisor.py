@@ -21,13 +21,7 @@ from typing import Any
 
 from launcher.capped_log import CappedLog
 from launcher.guardian_child import GuardianChild
-from launcher.lighthouse import (
-    Address,
-    LighthouseDir,
-    alive,
-    answers,
-    wait_until,
-)
+from launcher.lighthouse import Address, LighthouseDir, alive, wait_until
 from launcher.lighthouse_child import (
     MARGIN,
     START_SECONDS,
@@ -39,6 +33,7 @@ from launcher.lock import acquire
 from launcher.model import BlindError, KitError, UsageError
 from launcher.office import Office
 from launcher.process import port_holder, start_time
+from launcher.reach import answers
 from launcher.relay import Relay
 from launcher.rundir import Outputs, RunDir
 
@@ -79,7 +74,7 @@ class Supervisor:
         self._child: LighthouseChild | None = None
         self._ready = self._waiting = False
         """Whether the lighthouse serves; whether it is up while another one stands in for it."""
-        self._office = Office(self._claimed_run, say)
+        self._office = Office(self._claimed_run, self._is_heard, say)
         self._quorum_id = self._past = 0
         self._log_path: tuple[float, Path] = (0.0, folder.log)
 
@@ -182,8 +177,8 @@ class Supervisor:
     def _place(self) -> tuple[str, int] | None:
         """Where the relay on the stable port passes connections on to."""
         child = self._child
-        if self._office.deposed:
-            return self._office.stand_in
+        if (stand_in := self._office.stand_in) is not None:
+            return stand_in
         return child.place if child is not None and self._ready else None
 
     def _refuse_second(self) -> None:
@@ -258,6 +253,7 @@ class Supervisor:
                 process_started=start_time(os.getpid()),
                 user=getpass.getuser(),
                 started=time.time(),
+                answers_votes=True,
                 past=self._past,
                 min_replicas=self._settings.min_replicas,
                 heartbeat_timeout_ms=self._settings.heartbeat_timeout_ms,
@@ -267,6 +263,11 @@ class Supervisor:
                 serving=self._settings.serving(child.port),
             )
         )
+
+    def _is_heard(self) -> bool:
+        """Whether replica groups reach the lighthouse, or may not have had the time to."""
+        child = self._child
+        return child is None or child.heard or not self._ready
 
     def _claimed_run(self) -> RunDir | None:
         run = self._folder.claimed_by()

@@ -17,11 +17,12 @@ from typing import Any
 
 from launcher.doctor_node import installed
 from launcher.environment import wandb_switch
-from launcher.lighthouse import Address, LighthouseDir, alive, responds
+from launcher.lighthouse import Address, LighthouseDir, alive
 from launcher.lighthouse_child import listen_address
 from launcher.model import BlindError, KitError, UsageError
 from launcher.preflight import check_assets, load
 from launcher.process import port_holder
+from launcher.reach import responds
 from launcher.rundir import Outputs
 from launcher.target import Target
 from launcher.titan import switch

@@ -20,8 +20,6 @@ from typing import Any
 from launcher.files import create_once, overwrite, read_json
 from launcher.model import KitError
 
-#: Terms of which the files are kept, besides the newest one.
-KEPT = 8
 #: Seconds by which shared files may show one group's steps later than another's.
 FILES_LAG = 60.0
 
@@ -44,8 +42,10 @@ class Commit:
     """The newest step that a replica group has committed."""
 
     t: float
-    """Unix seconds."""
+    """Unix seconds; of a group that ended badly since: of that."""
     step: int
+    quorum_id: int = 0
+    """Newest quorum that it knows of."""
 
 
 class Terms:
@@ -57,6 +57,8 @@ class Terms:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._newest = folder / "newest.json"
+        self._asked = folder / "asked.json"
+        self._lighthouse = folder / "lighthouse.json"
 
     def begin(self, replica: int) -> None:
         """Make the files that others will look for.
@@ -67,9 +69,10 @@ class Terms:
         with _said(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             create_once(self._newest, _text(asdict(Term(number=0))))
+            create_once(self._asked, _text({"number": 0}))
             create_once(self._vote(replica), _text({"number": 0}))
             try:
-                self._voted(replica)
+                _number(self._vote(replica))
             except KitError:  # damaged: it may have been a vote
                 overwrite(self._vote(replica), _text({"number": self.newest().number + 1}))
 
@@ -94,19 +97,69 @@ class Terms:
         Raises:
             KitError: it cannot be written.
         """
-        room = self._folder / f"room.{replica}"
+        self.room(replica)
         with _said(self._folder):
-            create_once(room, _text({"number": number}))
-            room.unlink()
             overwrite(self._vote(replica), _text({"number": number}))
+        self.ask(number)
 
-    def voters(self, number: int, replicas: Iterable[int]) -> frozenset[int]:
-        """Which of those replica groups have nothing to do with the terms before ``number``.
+    def room(self, replica: int) -> None:
+        """Check that a term could be taken.
+
+        Raises:
+            KitError: nothing can be written.
+        """
+        path = self._folder / f"room.{replica}"
+        with _said(self._folder):
+            create_once(path, _text({}))
+            path.unlink()
+
+    def ask(self, number: int) -> None:
+        """Have whoever serves look at the votes; again and again, for others write there, too.
+
+        Raises:
+            KitError: it cannot be written.
+        """
+        if self.asked() < number:
+            with _said(self._folder):
+                overwrite(self._asked, _text({"number": number}))
+
+    def asked(self) -> int:
+        """The newest term that somebody has voted for, as far as that can be read."""
+        with contextlib.suppress(KitError):
+            return _number(self._asked)
+        return 0
+
+    def has_voted(self, number: int, replica: int) -> bool:
+        """Whether a replica group has nothing to do with the terms before ``number``.
 
         Raises:
             KitError: that cannot be read.
         """
-        return frozenset(replica for replica in replicas if self._voted(replica) >= number)
+        return _number(self._vote(replica)) >= number
+
+    def voters(self, number: int, replicas: Iterable[int]) -> frozenset[int]:
+        """Those of which that is so.
+
+        Raises:
+            KitError: that cannot be read.
+        """
+        return frozenset(replica for replica in replicas if self.has_voted(number, replica))
+
+    def keep(self, lighthouse: Mapping[str, Any]) -> None:
+        """Keep how the login node's lighthouse was last published.
+
+        Raises:
+            KitError: it cannot be written.
+        """
+        if self.kept() != lighthouse:
+            with _said(self._folder):
+                overwrite(self._lighthouse, _text(lighthouse))
+
+    def kept(self) -> Mapping[str, Any] | None:
+        """What was kept; None: nothing that can be read."""
+        with contextlib.suppress(KitError):
+            return read_json(self._lighthouse)
+        return None
 
     def present_for(self, replica: int) -> Term | None:
         """The present term; None for a replica group that has voted for the next one.
@@ -115,7 +168,7 @@ class Terms:
             KitError: it cannot be read.
         """
         newest = self.newest()
-        return None if self._voted(replica) > newest.number else newest
+        return None if self.has_voted(newest.number + 1, replica) else newest
 
     def take(self, number: int, serving: str, by: str) -> bool:
         """Create a term; False when somebody was faster. Who does must hold the one before, or
@@ -124,21 +177,15 @@ class Terms:
         Raises:
             KitError: it cannot be written.
         """
+        if self.newest().number >= number:
+            return False
         term = _text(asdict(Term(number=number, serving=serving, by=by, t=time.time())))
         with _said(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             if not create_once(self._taken(number), term):
                 return False
             overwrite(self._newest, term)
-            self._taken(number - KEPT).unlink(missing_ok=True)
         return True
-
-    def _voted(self, replica: int) -> int:
-        raw = read_json(self._vote(replica))
-        try:
-            return 0 if raw is None else int(raw["number"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise KitError(f"{self._vote(replica)} is not a vote: {error!r}") from error
 
     def _vote(self, replica: int) -> Path:
         return self._folder / f"vote.{replica}.json"
@@ -154,8 +201,11 @@ def electors(commits: Mapping[int, Commit]) -> frozenset[int]:
     gradients. One that is behind is no danger: it heals from the others when it meets them. So
     those count that have committed one of the newest two steps, or may have: shared files lag.
 
+    Not covered: a group's old copy that goes on with the old lighthouse, both cut off from the
+    shared files and from Slurm, while its new copy votes elsewhere. It is fenced when it is back.
+
     Args:
-        commits: newest of each group that has not said that it ended.
+        commits: newest of each group that has neither left nor finished.
     """
     newest = max((commit.step for commit in commits.values()), default=0)
     latest = max((commit.t for commit in commits.values()), default=0.0)
@@ -179,6 +229,14 @@ def _term(path: Path) -> Term | None:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise KitError(f"{path} is not a term: {error!r}") from error
+
+
+def _number(path: Path) -> int:
+    raw = read_json(path)
+    try:
+        return 0 if raw is None else int(raw["number"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise KitError(f"{path} is not a number: {error!r}") from error
 
 
 def _text(value: Mapping[str, Any]) -> str:

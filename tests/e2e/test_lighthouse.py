@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from launcher.capped_log import CappedLog
-from launcher.lighthouse import LighthouseDir, alive, answers
+from launcher.lighthouse import LighthouseDir, alive
 from launcher.lighthouse_log import UTC_MARK, LighthouseReader
+from launcher.reach import answers
 from launcher.rundir import Outputs
 from launcher.tail import Tail
 from tests.conftest import FIXTURES

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import lighthouse, nodecheck
+from launcher import lighthouse, nodecheck, reach
 from launcher.config import Site
 from launcher.environment import Task, replica_environment
 from launcher.leader import Spread
@@ -59,7 +59,7 @@ def listening() -> Iterator[str]:
 def env(hostile: Path, listening: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """A complete place to start a replica group in, at a hostile path."""
     monkeypatch.chdir(hostile)
-    monkeypatch.setattr(lighthouse, "STATUS_SECONDS", 0.05)  # nothing answers in these tests
+    monkeypatch.setattr(reach, "STATUS_SECONDS", 0.05)  # nothing answers in these tests
     monkeypatch.setattr(nodecheck, "check", lambda *args, **kwargs: None)  # there are no GPUs
     Path("config.toml").write_text(CONFIG)
     Path("tokenizer").mkdir()
@@ -422,9 +422,9 @@ def test_a_run_of_another_clone_on_the_same_lighthouse_is_seen_by_its_heartbeats
         url = f"http://127.0.0.1:{server.server_port}"
         if refused:
             with pytest.raises(UsageError, match="torchtitan_ft_0 send heartbeats"):
-                lighthouse.refuse_strangers(url)
+                reach.refuse_strangers(url)
         else:
-            lighthouse.refuse_strangers(url)
+            reach.refuse_strangers(url)
 
 
 def test_several_published_lighthouses_need_a_choice(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ ORDER = [
     "local",
     "scheduler",
     "terms",
+    "reach",
     "lighthouse",
     "corpus",
     "shards",

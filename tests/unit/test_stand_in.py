@@ -18,10 +18,11 @@ from launcher import deputy, lease
 from launcher.config import Site
 from launcher.deputy import Deputy
 from launcher.lease import Lease
-from launcher.lighthouse import Address, LighthouseDir, answers
+from launcher.lighthouse import Address, LighthouseDir
 from launcher.model import KitError
 from launcher.office import Office
 from launcher.plan import Plan
+from launcher.reach import answers
 from launcher.records import newest_step
 from launcher.relay import Relay
 from launcher.restarts import Limits
@@ -101,16 +102,27 @@ def test_a_group_that_said_that_it_ended_has_no_newest_step(tmp_path: Path) -> N
     events = tmp_path / "events.jsonl"
     assert newest_step(events) is None
     lines = [
-        {"kind": "quorum", "t": 1.0, "step": 3},
-        {"kind": "commit", "t": 2.0, "step": 3, "committed": True},
+        {"kind": "quorum", "t": 1.0, "step": 3, "quorum_id": 0},
+        {"kind": "commit", "t": 2.0, "step": 3, "committed": True, "quorum_id": 0},
         {"kind": "metrics", "t": 3.0, "step": 4},
     ]
-    events.write_text("".join(json.dumps(each) + "\n" for each in lines) + '{"kind":"com')
+    text = "".join(json.dumps(each, separators=(",", ":")) + "\n" for each in lines)
+    events.write_text(text + '{"kind":"com')
     assert newest_step(events) == Commit(t=2.0, step=3)
-    events.write_text(events.read_text() + 'x\n{"kind":"exit","t":4.0}\n')
+    # It may come back, and how late shared files are is not known.
+    events.write_text(events.read_text() + 'x\n{"kind":"exit","t":4.0,"code":1,"attempt":1}\n')
+    assert newest_step(events) == Commit(t=4.0, step=3)
+    events.write_text(events.read_text() + '{"kind":"exit","t":5.0,"code":0,"attempt":1}\n')
     assert newest_step(events) is None
-    events.write_text(events.read_text() + '{"kind":"quorum","t":9.0,"step":0}\n')
-    assert newest_step(events) == Commit(t=9.0, step=0)
+    more = '{"kind":"quorum","t":9.0,"step":0,"attempt":2,"quorum_id":7}\n'
+    more += '{"kind":"gpu"}\n' * 9000  # an hour between two syncs
+    more += '{"kind":"exit","t":9.5,"code":0,"attempt":1}\n'  # said by the old copy
+    events.write_text(events.read_text() + more)
+    assert newest_step(events) == Commit(t=9.0, step=0, quorum_id=7)
+    events.unlink()
+    events.mkdir()
+    with pytest.raises(KitError, match="cannot be read"):
+        newest_step(events)
 
 
 # -- the supervisor ----------------------------------------------------------------------
@@ -119,8 +131,8 @@ def test_a_group_that_said_that_it_ended_has_no_newest_step(tmp_path: Path) -> N
 def test_a_supervisor_that_lives_answers_a_vote(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    office, terms = Office(lambda: run, said.append), Terms(run.terms)
+    said, heard = list[str](), [True]
+    office, terms = Office(lambda: run, lambda: heard[0], said.append), Terms(run.terms)
     terms.begin(1)
     terms.vote(1, 1)
     office.look()
@@ -128,8 +140,12 @@ def test_a_supervisor_that_lives_answers_a_vote(
     assert "replica 1" in said[0]
     office.look()
     assert terms.newest().number == 1, "once"
-    # One whose lighthouse has not come up for long lets others.
+    # One whom nobody reaches, or whose lighthouse has not come up for long, lets others.
     terms.vote(2, 1)
+    heard[0] = False
+    office.look()
+    assert terms.newest().number == 1
+    heard[0] = True
     now = time.monotonic() + 31
     monkeypatch.setattr("launcher.office.time.monotonic", lambda: now)
     office.look()
@@ -137,8 +153,8 @@ def test_a_supervisor_that_lives_answers_a_vote(
 
 
 def test_a_supervisor_knows_that_another_one_stands_in(run: RunDir) -> None:
-    said: list[str] = []
-    office, terms = Office(lambda: run, said.append), Terms(run.terms)
+    said, heard = list[str](), [True]
+    office, terms = Office(lambda: run, lambda: heard[0], said.append), Terms(run.terms)
     assert terms.take(1, "node-3:29511", "replica 3 on node-3")
     terms.vote(2, 1)
     office.look()
@@ -155,6 +171,10 @@ def test_a_supervisor_knows_that_another_one_stands_in(run: RunDir) -> None:
 
 
 # -- the launchers -----------------------------------------------------------------------
+
+
+#: A lighthouse answers this as it does a manager's: at once.
+HEARTBEAT = b"GET /status HTTP/1.1\r\nHost: lighthouse\r\n\r\n"
 
 
 class Group:
@@ -192,7 +212,7 @@ class Group:
                 contextlib.suppress(OSError),
                 socket.create_connection(("127.0.0.1", port), 1) as client,
             ):
-                while client.send(b"heartbeat") and client.recv(100):
+                while client.send(HEARTBEAT) and client.recv(1 << 16):
                     time.sleep(0.02)
             time.sleep(0.02)
 
@@ -205,8 +225,8 @@ def published(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     monkeypatch.setattr(deputy, "GRACE_SECONDS", 0.2)
     servers: list[Echo] = []
     for replica in (0, 1):
-        step = {"kind": "commit", "t": 5.0, "step": 7}
-        run.events(replica).write_text(json.dumps(step) + "\n")
+        step = '{"kind":"commit","t":5.0,"step":7,"quorum_id":400}\n'
+        run.events(replica).write_text(step)
 
     def publish(past: int = 0) -> Echo:
         server = Echo(b"login:")
@@ -214,7 +234,7 @@ def published(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         LighthouseDir.of_run(run, MANIFEST).publish(
             Address(
                 url=MANIFEST.lighthouse, host="h", port=1, pid=1, process_started=1.0, user="u",
-                started=time.time(), past=past, serving=f"127.0.0.1:{server.place[1]}",
+                started=time.time(), past=past, answers_votes=True, serving=f"127.0.0.1:{server.place[1]}",
             )
         )  # fmt: skip
         return server
@@ -244,8 +264,9 @@ def test_a_group_stands_in_and_gives_it_back(
         assert answers(f"http://{serving}") is None, "a real lighthouse"
         expected = ("127.0.0.1", int(serving.rpartition(":")[2]))
         assert one.deputy.place() == two.deputy.place() == expected
-        past = LighthouseDir.of_run(run, MANIFEST).newest_quorum_id()
-        assert past >= 100
+        folder = LighthouseDir.of_run(run, MANIFEST)
+        eventually(lambda: folder.newest_quorum_id() >= 500)  # beyond what the groups have had
+        past = folder.newest_quorum_id()
         # One that knows fewer quorum ids than were given out is not let in again.
         published(past=0)
         time.sleep(1.0)
@@ -261,6 +282,55 @@ def test_a_group_stands_in_and_gives_it_back(
     assert "asks for another" in said.err
 
 
+def test_whoever_stands_in_answers_votes_until_nobody_reaches_it(
+    run: RunDir, published: Callable[..., Echo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vote cannot be taken back: without an answer one silence would cut a group off for good."""
+    monkeypatch.setattr(deputy, "TURN_SECONDS", 2.0)
+    terms, server = Terms(run.terms), published()
+    with Group(run, 0).going() as one, Group(run, 1).going() as two:
+        eventually(lambda: one.deputy.place() == server.place)
+        server.end()
+        eventually(lambda: terms.newest().serving)
+        first = terms.newest()
+        terms.vote(first.number + 1, 1)
+        eventually(lambda: terms.newest().number == first.number + 1)
+        assert terms.newest().serving == first.serving
+        assert one.deputy.place() == two.deputy.place() is not None
+        # Once more, all others, at once: they do not reach it. The next one is another's.
+        terms.vote(first.number + 2, 1)
+        eventually(lambda: terms.newest().by.startswith("replica 1"))
+        eventually(lambda: one.deputy.place() == two.deputy.place() is not None)
+
+
+def test_a_supervisor_of_before_is_not_voted_against(
+    run: RunDir, published: Callable[..., Echo]
+) -> None:
+    server = published()
+    folder = LighthouseDir.of_run(run, MANIFEST)
+    address = json.loads((folder.path / "address.json").read_text())
+    del address["answers_votes"]
+    (folder.path / "address.json").write_text(json.dumps({**address, "of a newer version": 1}))
+    with Group(run, 0).going() as one:
+        eventually(lambda: one.deputy.place() == server.place)
+        server.end()
+        time.sleep(1.5)
+        assert Terms(run.terms).voters(1, range(2)) == frozenset()
+
+
+def test_a_group_that_starts_without_any_lighthouse_votes_too(
+    run: RunDir, published: Callable[..., Echo]
+) -> None:
+    terms, server = Terms(run.terms), published()
+    with Group(run, 0).going() as one:
+        eventually(lambda: one.deputy.place() == server.place)
+        eventually(terms.kept)
+    LighthouseDir.of_run(run, MANIFEST).unpublish(1)
+    server.end()
+    with Group(run, 0).going(), Group(run, 1).going():
+        eventually(lambda: terms.newest().serving)
+
+
 def test_one_group_alone_is_not_enough(run: RunDir, published: Callable[..., Echo]) -> None:
     terms, server = Terms(run.terms), published()
     with Group(run, 0).going() as one:
@@ -272,7 +342,7 @@ def test_one_group_alone_is_not_enough(run: RunDir, published: Callable[..., Ech
         assert terms.newest().number == 0
         # The supervisor, had it been alive all the time, says so: the group goes to it again.
         again = published()
-        Office(lambda: run, print).look()
+        Office(lambda: run, lambda: True, print).look()
         eventually(lambda: one.deputy.place() == again.place)
 
 
