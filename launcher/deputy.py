@@ -33,7 +33,7 @@ from launcher.relay import Relay
 from launcher.terms import Term, Terms, electors
 
 #: Seconds between two looks, and between two at whether another one serves now.
-LOOK_EVERY, FOLLOW_EVERY = 0.2, 1.0
+LOOK_EVERY, FOLLOW_EVERY = 0.2, 2.0
 #: Seconds of silence after which a group votes; a supervisor has a dead one back in one. After
 #: each vote that helped nothing, twice as long, up to the second figure.
 AWAY_SECONDS, MOST_AWAY_SECONDS = 2.0, 60.0
