@@ -39,7 +39,7 @@ from launcher.rundir import Outputs, RunDir
 
 #: Pause before a lighthouse that died is started again, doubling up to the second.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
-#: Seconds that whoever stands in for a lighthouse has to hand over to it.
+#: Seconds between two looks at whether whoever stands in has given out quorum ids beyond ours.
 TAKE_OVER_SECONDS = 10.0
 #: Seconds for which a lighthouse that was started for a run waits for it.
 UNUSED_SECONDS = 300.0
@@ -206,8 +206,12 @@ class Supervisor:
             self._office.serves()
             if not self._office.deposed:
                 self._waiting = False
-            elif not self._waiting or time.monotonic() - up > TAKE_OVER_SECONDS:
-                child.end()  # it knows too little of the quorums given out meanwhile
+            elif not self._waiting:
+                child.end()  # the next one begins past the quorums that are given out meanwhile
+            elif time.monotonic() - up > TAKE_OVER_SECONDS:
+                up = time.monotonic()
+                if self._folder.newest_quorum_id() > self._past:
+                    child.end()
             if child.quorum_id > self._quorum_id:
                 self._quorum_id = child.quorum_id
                 self._remember()
