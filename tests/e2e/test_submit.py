@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from launcher.events import Event
 from launcher.model import GroupState
+from launcher.rundir import Outputs, RunDir
 from launcher.sandbox import Sandbox
 from launcher.state import RunState
 from launcher.watcher import Watcher
@@ -27,9 +32,10 @@ def run_of(said: str) -> str:
 
 
 @pytest.fixture
-def shell(cluster: Workspace) -> Workspace:
+def shell(cluster: Workspace, hostile: Path) -> Workspace:
     return cluster.having(
         {
+            "TFT_OUTPUTS": str(hostile / "out"),
             "TFT_LIGHTHOUSE_HOST": "127.0.0.1",
             "TFT_MIN_STEP_SECONDS": "0.2",
             "TFT_WEBHOOK": SECRET,
@@ -38,18 +44,31 @@ def shell(cluster: Workspace) -> Workspace:
     )
 
 
+@pytest.mark.timeout(240)
 def test_a_run_grows_and_shrinks_and_ends_and_leaves_nothing(
-    shell: Workspace, sandbox: Sandbox
+    shell: Workspace, sandbox: Sandbox, hostile: Path
 ) -> None:
-    said = shell.launcher(
-        "submit", "configs/debug-cpu.toml", "--profile=configs/clusters/sandbox.yaml",
-        "--replicas=1", "--max-replicas=2", f"--name={NASTY}", f"--comment={NASTY}",
+    """Every name, path and value is such that whatever forgets to quote it breaks."""
+    outputs = Outputs(hostile / "out")
+    (hostile / "env").symlink_to(shell.env["TFT_ENV"])
+    shutil.copy(shell.root / "configs" / "debug-cpu.toml", hostile / "c.toml")
+    shutil.copy(shell.root / "configs" / "clusters" / "sandbox.yaml", hostile / "p.yaml")
+    settings: dict[str, Any] = {
+        "config": str(hostile / "c.toml"),
+        "profile": str(hostile / "p.yaml"),
+        "environment": str(hostile / "env"),
+        "variables": {"NOTE": f"{NASTY}\nand more"},
+    }
+    (hostile / "run.yaml").write_text(json.dumps(settings))
+    free = {k: v for k, v in shell.env.items() if k not in ("TFT_ENV", "TFT_CONFIG")}
+    said = Workspace(shell.root, free).launcher(
+        "submit", str(hostile / "run.yaml"), "--replicas=1", "--max-replicas=2", f"--name={NASTY}", f"--comment={NASTY}",
         "--", f"--job.description={NASTY}\nand a second line", "--training.steps=100000",
     )  # fmt: skip
     name = run_of(said)
-    run = shell.outputs.find(name)
+    run = outputs.find(name)
     assert run.manifest().extra_args[0].endswith("and a second line")
-    assert not (shell.root / "oops").exists()
+    assert run.manifest().config == str(hostile / "c.toml")
 
     with Watcher.of_run(run, sandbox.slurm()) as watcher:
         state = watcher.state
@@ -61,11 +80,16 @@ def test_a_run_grows_and_shrinks_and_ends_and_leaves_nothing(
         left: list[Event] = []
         watcher.on_event = lambda _, event: left.append(event) if event.kind == "leave" else None
         eventually(lambda: look().step > 3, 60, "it trains")
-        _tell_no_secret(shell, name)
+        _tell_no_secret(shell, run)
+        environ = psutil.Process(_rank(run)).environ()
+        assert environ["NOTE"] == settings["variables"]["NOTE"]
+        assert environ["VIRTUAL_ENV"] == shell.env["TFT_ENV"]
+        assert not list(shell.root.glob("**/oops"))
+        assert not list(hostile.glob("**/oops"))
         assert name in shell.launcher("list")
         assert "replica 0  TRAINING" in shell.launcher("status", name)
         code = (
-            "from launcher import find; r = find(); j = r.jobs[0];"
+            f"from launcher import find; r = find(outputs={str(outputs.root)!r}); j = r.jobs[0];"
             "print(r.name, j.state, j.done(), 'launching replica 0' in j.stdout())"
         )
         assert shell.sh(sys.executable, "-c", code).split() == [name, "RUNNING", "False", "True"]
@@ -93,15 +117,20 @@ def test_a_run_grows_and_shrinks_and_ends_and_leaves_nothing(
     shell.launcher("lighthouse", "status", "--port=29510", "--host=127.0.0.1", code=1)
 
 
-def _tell_no_secret(shell: Workspace, name: str) -> None:
-    job = shell.sh("scontrol", "show", "job", name.removeprefix("tft-"))
+def _rank(run: RunDir) -> int:
+    lines = run.events(0).read_text().splitlines()
+    return int([e for e in map(json.loads, lines) if e["kind"] == "start"][-1]["pid"])
+
+
+def _tell_no_secret(shell: Workspace, run: RunDir) -> None:
+    job = shell.sh("scontrol", "show", "job", str(run.number))
     assert NASTY[:5] in job
     lines = [
         " ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])
     ]
     assert SECRET not in job
     assert not [line for line in lines if SECRET in line]
-    for path in shell.outputs.find(name).path.rglob("*"):
+    for path in run.path.rglob("*"):
         if path.is_file():
             assert SECRET.encode() not in path.read_bytes(), path
 
