@@ -108,11 +108,15 @@ def test_a_task_that_is_killed_whole_comes_back_and_the_run_finishes(shell: Work
         shell.launcher("cancel", run.name)
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(150)
 def test_down_leaves_no_process(shell: Workspace) -> None:
     run = start(shell, 5000)
-    eventually(lambda: run.events(1).is_file() and '"start"' in run.events(1).read_text(), 30, "up")
-    assert psutil.pid_exists(rank(run, 1))
-    assert "is ended" in shell.launcher("cancel", run.name)
-    assert not processes_mentioning(run.name)
-    assert [job.state for job in scheduler_of(run).jobs(run.number)] == ["CANCELLED"] * 2
+    try:
+        events = run.events(1)
+        eventually(lambda: events.is_file() and '"start"' in events.read_text(), 60, "up")
+        assert psutil.pid_exists(rank(run, 1))
+        assert "is ended" in shell.launcher("cancel", run.name)
+        assert not processes_mentioning(run.name)
+        assert [job.state for job in scheduler_of(run).jobs(run.number)] == ["CANCELLED"] * 2
+    finally:
+        shell.launcher("cancel", run.name)
