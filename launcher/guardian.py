@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,8 @@ AGAIN = {
     "restart": orders.VALID_SECONDS,
     "take_over": 5.0,
 }
+#: Actions that Slurm carries out, upon what it has said.
+OF_SLURM = frozenset({"release", "start_now", "requeue"})
 #: Seconds for which a Slurm that refuses is told of only once.
 COMPLAIN_EVERY = 60.0
 #: torchtitan's own default for a collective between replica groups.
@@ -60,6 +63,8 @@ class Guardian:
         self._owners: dict[int, list[str]] = {}
         """Nodes that its owner had left out before."""
         self._requeued: Counter[int] = Counter()
+        self._told: dict[int, float] = {}
+        """When Slurm was last told to do something with a task, monotonic seconds."""
         self._collective: float | None = None
         for order in orders.OrderReader(run.orders).every():
             self._done[order.do, order.replica, order.attempt] = order.t
@@ -102,6 +107,10 @@ class Guardian:
             key = (action.kind, who, action.attempt)
             if now - self._done.get(key, 0.0) < AGAIN[action.kind]:
                 continue
+            if action.kind in OF_SLURM and watcher.jobs_asked < self._told.get(
+                action.task, -math.inf
+            ):
+                continue  # what is known of the task is older than what was done to it
             self._done[key] = now
             try:
                 self._do(action, watcher.jobs)
@@ -128,6 +137,8 @@ class Guardian:
     def _do(self, action: Action, jobs: Sequence[Job]) -> None:
         own = f"{self._run.number}_{action.task}"
         task = next((job.name for job in jobs if job.task == action.task), own)
+        if action.kind in OF_SLURM:
+            self._told[action.task] = time.monotonic()
         if action.kind == "start_now":
             self._start_now(task, action)
         elif action.kind == "release":

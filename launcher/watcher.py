@@ -77,6 +77,8 @@ class Watcher:
             state.scheduler = slurm.name
         self.jobs: list[Job] = []
         """The run's array tasks, as last asked."""
+        self.jobs_asked = float("-inf")
+        """When that question was put, monotonic seconds."""
         self.eager = False
         """Whether Slurm is asked often while a group is away: somebody acts on the answer."""
         self.nodes: dict[str, Node] = {}
@@ -255,7 +257,7 @@ class Watcher:
                 self._slurm_problem, self.live_tasks = str(error), None
             else:
                 self._slurm_problem, self.live_tasks = "", sum(job.live for job in jobs)
-                self.jobs, now = jobs, time.time()
+                self.jobs, self.jobs_asked, now = jobs, self._asked, time.time()
                 notices = self.state.observe(jobs, now)
                 notices += self.state.observe_nodes(self.nodes.values(), now)
         if self._slurm_problem:

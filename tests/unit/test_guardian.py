@@ -127,10 +127,28 @@ def test_nodes_left_out_are_added_to_the_owners(run: RunDir, fake_run: FakeRun) 
         guardian.tend(watcher)
         assert fake_run.calls[-1][-1] == "ExcNodeList=bad-1,bad-2,w1"
         state.unfit.clear()
-        watcher.jobs = [job(1, "PENDING", "Resources")]
+        watcher.jobs, watcher.jobs_asked = [job(1, "PENDING", "Resources")], time.monotonic()
         guardian._done.clear()
         guardian.tend(watcher)
         assert fake_run.calls[-1][-1] == "ExcNodeList=bad-1,bad-2"
+
+
+def test_what_slurm_said_before_it_was_told_is_not_acted_on(run: RunDir, fake_run: FakeRun) -> None:
+    """The task may run again already, and be requeued a second time."""
+    fake_run.on("scontrol", "requeue")
+    state = training()
+    with (
+        watch(run, state, [job(1, "FAILED")], Waiting()) as watcher,
+        Guardian.of(run, Slurm(fake_run)) as guardian,
+    ):
+        guardian.tend(watcher)
+        assert len(fake_run.calls) == 1
+        say(state, time.time(), "launch", 1, attempt=2, host="w1")
+        guardian.tend(watcher)
+        assert len(fake_run.calls) == 1
+        watcher.jobs_asked = time.monotonic()  # it has failed again
+        guardian.tend(watcher)
+        assert len(fake_run.calls) == 2
 
 
 def test_a_task_whose_launcher_was_killed_comes_back_and_one_that_never_started_does_not() -> None:
