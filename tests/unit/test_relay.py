@@ -33,7 +33,7 @@ class Echo:
             threading.Thread(target=self._answer, args=(one,), daemon=True).start()
 
     def _answer(self, one: socket.socket) -> None:
-        with contextlib.suppress(OSError):
+        with one, contextlib.suppress(OSError):
             while data := one.recv(1 << 16):
                 one.sendall(self._name + data)
 
@@ -43,7 +43,6 @@ class Echo:
         for one in self._open:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
-            one.close()
 
 
 @pytest.fixture
