@@ -253,7 +253,9 @@ class Deputy:
         self._term, by = number, f"replica {replica} on {host}"
         if not (child.come_up(self._done) and child.raise_past(past, self._done)):
             self._end()
-            raise KitError("a lighthouse of our own did not come up")
+            raise KitError(
+                f"a lighthouse of our own did not come up; its log: {plan.run.lighthouse_log}"
+            )
         self._needed, _ = self._electors()  # that may have taken its time
         serving = settings.serving(child.port)
         if not (self._agree(number) and self._terms.take(number, serving, by)):

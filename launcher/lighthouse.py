@@ -1,4 +1,4 @@
-"""Where the lighthouse is, whether it answers, and which run it serves.
+"""What a lighthouse has published of itself.
 
 A lighthouse is found through files on the shared file system, one folder for each
 (``outputs/torchft/lighthouses/<host>-<port>/``). One lighthouse serves one run: two

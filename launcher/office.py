@@ -1,5 +1,4 @@
-"""The supervisor's side of the terms: it answers votes while it can serve, and knows when a replica
-group stands in for its lighthouse."""
+"""The supervisor's side of the terms (``launcher/terms.py``): whether its lighthouse serves."""
 
 from __future__ import annotations
 

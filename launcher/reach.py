@@ -1,4 +1,4 @@
-"""Whether a lighthouse can be reached under an address, and who sends heartbeats to it."""
+"""What a lighthouse lets whoever has its address know."""
 
 from __future__ import annotations
 

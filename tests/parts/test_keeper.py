@@ -30,6 +30,9 @@ from launcher.slurm import Slurm
 from tests.conftest import FakeRun
 from tests.unit.conftest import MANIFEST
 
+#: Begins a rank that uses this kit's modules.
+HERE = f"import sys, time\nsys.path.insert(0, {str(Path(keeper.__file__).parent.parent)!r})\n"
+
 
 @pytest.fixture
 def keep(run: RunDir, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Keeper]:
@@ -126,9 +129,7 @@ def test_a_mistake_is_not_retried_for_ever(keep: Callable[..., Keeper], run: Run
 
 
 def test_an_order_ends_a_hung_attempt(keep: Callable[..., Keeper], run: RunDir) -> None:
-    hang = (
-        "import sys, time\n"
-        f"sys.path.insert(0, {str(Path(keeper.__file__).parent.parent)!r})\n"
+    hang = HERE + (
         "from launcher import orders\n"
         "from pathlib import Path\n"
         f"orders.give(Path({str(run.orders)!r}), 'restart', replica=1, attempt=1, why='hung: in a test')\n"
@@ -205,9 +206,7 @@ def test_the_leader_of_several_nodes_is_asked_for_their_stacks(
 
 
 def test_an_old_copy_is_fenced(keep: Callable[..., Keeper], run: RunDir) -> None:
-    take = (
-        "import sys, time\n"
-        f"sys.path.insert(0, {str(Path(keeper.__file__).parent.parent)!r})\n"
+    take = HERE + (
         "from launcher import lease\n"
         "from pathlib import Path\n"
         f"lease.take(Path({str(run.lease(1))!r}), replica=1, task=1, host='elsewhere')\n"
