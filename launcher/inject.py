@@ -234,9 +234,15 @@ def _replica(manifest: Manifest, state: RunState, replica: int | None, node: str
         if replica not in (None, there[0]):
             raise UsageError(f"replica {there[0]} runs on {node}, and not {replica}")
         return there[0]
-    chosen = manifest.group_size - 1 if replica is None else replica
+    # A run may have fewer groups just now than it may grow to.
+    here = [each.replica for each in state.groups.values() if each.host and not each.ended]
+    chosen = max(here, default=0) if replica is None else replica
     if chosen not in range(manifest.group_size):
         raise UsageError(f"{manifest.run} has replica groups 0 to {manifest.group_size - 1}")
+    if chosen not in here:
+        raise UsageError(
+            f"replica {chosen} of {manifest.run} does not run: `launcher status` tells who"
+        )
     return chosen
 
 

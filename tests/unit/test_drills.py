@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,16 @@ def test_only_a_group_of_this_run_is_aimed_at(
     ):
         with pytest.raises(UsageError, match=why):
             aimed(scene, fake_run, "kill-rank", **choice)
+
+
+def test_in_a_run_that_may_grow_a_group_that_runs_is_aimed_at(
+    scene: tuple[RunDir, Manifest], fake_run: FakeRun
+) -> None:
+    run, manifest = scene
+    may_grow = (run, replace(manifest, group_size=3))
+    assert aimed(may_grow, fake_run, "kill-rank").replica == 1
+    with pytest.raises(UsageError, match="replica 2 of tft-60 does not run"):
+        aimed(may_grow, fake_run, "kill-rank", replica=2)
 
 
 def test_what_would_hit_others_is_refused(
