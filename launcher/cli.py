@@ -151,7 +151,7 @@ def monitor(
     if once and (events_to or prometheus):
         raise UsageError("--events-to and --prometheus are for following: leave --once out")
     if bare:
-        watcher = Watcher.of_files(lighthouse_log, replica_log or [])
+        name, watcher = "", Watcher.of_files(lighthouse_log, replica_log or [])
     else:
         chosen = monitor.choose(Outputs(outputs.absolute()), run or None, Slurm())
         slurm = scheduler_of(chosen)
@@ -171,9 +171,9 @@ def monitor(
             else:
                 monitor.follow(chosen, say=say, slurm=slurm, outlets=outlets)
             return
-        watcher = Watcher.of_run(chosen, slurm)
+        name, watcher = chosen.name, Watcher.of_run(chosen, slurm)
     with watcher:
-        raise typer.Exit(monitor.once(watcher, say=say, as_json=as_json))
+        raise typer.Exit(monitor.once(watcher, say=say, as_json=as_json, name=name))
 
 
 @app.command()

@@ -6,7 +6,6 @@ printed, and its length is bounded. Escaping is for whoever writes a format.
 
 from __future__ import annotations
 
-import datetime
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -21,13 +20,12 @@ from launcher.model import GroupState
 from launcher.rundir import Manifest
 from launcher.snapshot import as_data, figures, iso
 from launcher.state import RunState
+from launcher.words import clean, clock, plural, seconds
 
 #: Incidents in a report, the newest; the JSON has all.
 MOST_INCIDENTS = 200
 #: Lines of evidence in a report for one incident, the first; the JSON has all.
 MOST_EVIDENCE = 12
-#: Characters of one text that came from a log.
-MOST_CHARACTERS = 600
 
 #: Stands where there is no value.
 NOTHING = "\N{EN DASH}"
@@ -189,35 +187,6 @@ def data(manifest: Manifest, state: RunState, findings: Sequence[Finding]) -> di
             "differences": state.weights.differences,
         },
     }
-
-
-def clean(text: str) -> str:
-    """``text`` on one line, bounded, without what cannot be printed."""
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text.strip())
-    return shown if len(shown) <= MOST_CHARACTERS else shown[: MOST_CHARACTERS - 1] + "…"
-
-
-def clock(t: float, *, date: bool = False) -> str:
-    """Local time of day, to the second; with the day where that must be said."""
-    return datetime.datetime.fromtimestamp(t).strftime("%Y-%m-%d %H:%M:%S" if date else "%H:%M:%S")
-
-
-def seconds(value: float) -> str:
-    """A duration in the two units that say most."""
-    if value < 59.95:
-        return f"{value:.1f} s"
-    whole = round(value)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(value / 60)
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    hours = round(value / 3600)
-    return f"{hours // 24} d {hours % 24:02d} h"
-
-
-def plural(count: int, thing: str) -> str:
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def _status(state: RunState) -> str:

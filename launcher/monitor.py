@@ -14,9 +14,10 @@ from launcher.model import BlindError, CriticalError, GroupState
 from launcher.outlets import Outlets
 from launcher.rundir import Outputs, RunDir
 from launcher.scheduler import Scheduler
+from launcher.screen import plain
 from launcher.sinks import FRESH_SECONDS, Delivery
 from launcher.slurm import Slurm
-from launcher.snapshot import as_data, figures
+from launcher.snapshot import as_data
 from launcher.state import Notice, RunState
 from launcher.watcher import Watcher
 
@@ -107,7 +108,7 @@ def follow(
                 elif time.monotonic() - spoke > PROGRESS_EVERY:
                     say(line(Notice(time.time(), progress(watcher.state))))
                     spoke = time.monotonic()
-        for text in [*table(watcher.state), *figure_lines(watcher.state)]:
+        for text in plain(watcher, run.name, watcher.present):
             say(text)
         conclude(watcher, run)
 
@@ -202,10 +203,18 @@ def conclude(watcher: Watcher, run: RunDir) -> None:
     raise CriticalError(f"run {run.name} ended before its last step: see the logs in {run.path}")
 
 
-def once(watcher: Watcher, *, say: Callable[[str], None], as_json: bool, story: bool = True) -> int:
+def once(
+    watcher: Watcher,
+    *,
+    say: Callable[[str], None],
+    as_json: bool,
+    name: str = "",
+    story: bool = True,
+) -> int:
     """One pass; returns the exit code: 0 fine, 3 a critical finding, 4 blind.
 
     Args:
+        name: the run's.
         story: whether to tell what happened, and not only how it stands.
     """
     notices = watcher.look(final=True)
@@ -213,9 +222,9 @@ def once(watcher: Watcher, *, say: Callable[[str], None], as_json: bool, story: 
     if as_json:
         say(json.dumps(as_data(watcher.state, findings), indent=2, allow_nan=False))
     else:
-        for notice in notices if story else ():
-            say(line(notice))
-        for text in [*table(watcher.state), *figure_lines(watcher.state), *map(_told, findings)]:
+        for text in [line(notice) for notice in notices] if story else []:
+            say(text)
+        for text in plain(watcher, name, watcher.present):
             say(text)
     if watcher.blind:
         return BlindError.exit_code
@@ -225,36 +234,3 @@ def once(watcher: Watcher, *, say: Callable[[str], None], as_json: bool, story: 
 
 def line(notice: Notice) -> str:
     return f"{time.strftime('%H:%M:%S', time.localtime(notice.t))}  {notice.text}"
-
-
-def table(state: RunState) -> list[str]:
-    """The replica groups as they stand, a line each."""
-    rows = [f"quorum {state.quorum_id}: {len(state.members)} of {state.size} replica groups"]
-    for group in state.groups.values():
-        loss = f"  loss {group.loss:.4f}" if group.loss is not None else ""
-        waiting = f"  ({group.waiting})" if group.waiting else ""
-        rows.append(
-            f"replica {group.replica}  {group.state.value:<8}  step {group.step:>5}  "
-            f"attempt {group.attempt}  failed commits {group.failed_commits}  "
-            f"{group.where}{loss}{waiting}"
-        )
-    return rows
-
-
-def figure_lines(state: RunState) -> list[str]:
-    """The running figures in one line; none before anything was measured."""
-    values = figures(state)
-    texts = {
-        "time to detect": (values["time_to_detect_s"], "{:.1f} s"),
-        "time to recover": (values["time_to_recover_s"], "{:.1f} s"),
-        "steps lost": (values["steps_lost"], "{:.0f}"),
-        "participation": (values["participation"], "{:.1%}"),
-        "step efficiency": (values["step_efficiency"], "{:.1%}"),
-        "both": (values["training_efficiency"], "{:.1%}"),
-    }
-    known = [f"{name} {shape.format(v)}" for name, (v, shape) in texts.items() if v is not None]
-    return ["  ".join(known)] if state.events else []
-
-
-def _told(finding: Finding) -> str:
-    return f"{finding.severity.value.upper()}  {finding.kind}: {finding.message}"

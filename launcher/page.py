@@ -12,11 +12,9 @@ from launcher.digest import (
     GroupText,
     IncidentText,
     Moment,
-    clock,
-    plural,
-    seconds,
 )
 from launcher.pictures import VARIABLES
+from launcher.words import clock, plural, seconds
 
 #: The browser loads nothing, whatever the page says.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"

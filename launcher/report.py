@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-from launcher.digest import NOTHING, STATE_NAMES, Digest, Moment, clock, data, digest, seconds
+from launcher.digest import NOTHING, STATE_NAMES, Digest, Moment, data, digest
 from launcher.findings import Finding
 from launcher.history import History, Point
 from launcher.model import ReportFormat
@@ -14,6 +14,7 @@ from launcher.page import html_page
 from launcher.pictures import curves, timeline
 from launcher.rundir import Manifest
 from launcher.state import RunState
+from launcher.words import clock, seconds
 
 #: Rows of the loss and of the tokens per second in text.
 TEXT_POINTS = 20

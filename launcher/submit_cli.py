@@ -168,7 +168,9 @@ def status(run: RunArgument = "", outputs: OutputsOption = OUTPUTS) -> None:
     slurm = Slurm()
     chosen = monitor.choose(Outputs(outputs.absolute()), run or None, slurm)
     with Watcher.of_run(chosen, scheduler_of(chosen, slurm)) as watcher:
-        raise typer.Exit(monitor.once(watcher, say=say, as_json=False, story=False))
+        raise typer.Exit(
+            monitor.once(watcher, say=say, as_json=False, name=chosen.name, story=False)
+        )
 
 
 def cancel(run: RunArgument, outputs: OutputsOption = OUTPUTS) -> None:

@@ -220,6 +220,11 @@ class Watcher:
         return time.time() if self.live_tasks else self.state.last_event
 
     @property
+    def asks(self) -> bool:
+        """Whether there is a scheduler to ask."""
+        return self._slurm is not None
+
+    @property
     def waiting(self) -> Waiting:
         """What the lighthouse's next quorum waits for."""
         for log in reversed(self._logs):

@@ -12,9 +12,8 @@ from launcher.events import Event
 from launcher.findings import Snapshot, judge
 from launcher.history import History
 from launcher.lighthouse_log import Waiting
-from launcher.live import view
 from launcher.model import GroupState
-from launcher.rundir import RunDir
+from launcher.screen import view
 from launcher.snapshot import as_data
 from launcher.state import RunState
 from launcher.watcher import Watcher
@@ -167,7 +166,7 @@ def test_the_table_shows_it(tmp_path: Path) -> None:
     screen = io.StringIO()
     with Watcher.of_files(tmp_path / "lighthouse.log", paths) as watcher:
         watcher.look()
-        Console(file=screen, width=160).print(view(watcher, RunDir(tmp_path), SINCE + 20))
+        Console(file=screen, width=160).print(view(watcher, "", SINCE + 20))
     text = screen.getvalue()
     assert "STALLED" in text
     assert "replica_stalled: replica 1 has not joined the quorum" in text

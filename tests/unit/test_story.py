@@ -13,10 +13,10 @@ from rich.console import Console
 from launcher import events, findings
 from launcher.events import Event
 from launcher.findings import Severity, Snapshot
-from launcher.live import view
 from launcher.model import BlindError, CriticalError, GroupState
 from launcher.monitor import SCRIPT, choose, follow, line, once
 from launcher.rundir import Outputs, RunDir
+from launcher.screen import view
 from launcher.slurm import Job, Slurm
 from launcher.snapshot import figures
 from launcher.state import Notice, RunState
@@ -237,7 +237,9 @@ def test_following_ends_with_the_run(run: RunDir, fake_run: FakeRun) -> None:
     fake_run.on("squeue", out="1|1|0|COMPLETED|w|2026-11-20T15:00:00|None\n")
     said: list[str] = []
     follow(run, say=said.append, slurm=Slurm(fake_run))
-    assert said[-2].startswith("replica 1  DONE      step   119  attempt 2  failed commits 0")
+    assert re.search(r"^ +1 +DONE +\d+ \w+ +worker-1 +2 +119 .* 0$", said[-3])
+    assert "#1 " in said[-2]
+    assert "replica 1 on worker-1 lost: unknown: stopped by SIGTERM; back after 17.5 s" in said[-2]
     assert "time to recover 17.5 s" in said[-1]
 
 
@@ -341,7 +343,7 @@ def test_the_live_view_shows_every_group_and_what_slurm_says(
     with Watcher.of_run(run, Slurm(fake_run)) as watcher:
         watcher.look(final=True)
         now = watcher.state.last_event + 5
-        Console(file=screen, width=180).print(view(watcher, run, now))
+        Console(file=screen, width=180).print(view(watcher, run.name, now))
     text = screen.getvalue()
     assert "tft-5183502  quorum 3 (" in text
     assert "2 of 2  step 119 of 120  loss 5.4061" in text
@@ -350,3 +352,24 @@ def test_the_live_view_shows_every_group_and_what_slurm_says(
     assert "PENDING (BeginTime), start expected 14:09:00; node down* (Not responding)" in text
     assert "INFO waiting_begin_time: replica 1 waits" in text
     assert "time to recover 17.5 s" in text
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50), (60, 16)])
+def test_the_screen_fits_the_terminal_with_what_matters(
+    run: RunDir, width: int, height: int
+) -> None:
+    """Of many groups those that train are left out, and not what comes below them."""
+    with Watcher.of_run(run) as watcher:
+        watcher.look(final=True)
+        state = watcher.state
+        for replica in range(2, 64):
+            state.group(replica).state = GroupState.TRAINING
+        state.group(40).state = GroupState.LOST
+        screen = io.StringIO()
+        shown = view(watcher, run.name, state.last_event, width=width, height=height)
+        Console(file=screen, width=width, highlight=False).print(shown)
+    text = screen.getvalue()
+    assert len(text.splitlines()) <= height
+    assert re.search(r"^ +40 +LOST", text, re.MULTILINE)
+    assert re.search(r"… and \d+ TRAINING", text)
+    assert "time to recover 17.5 s" in text.replace("\n", " ")
