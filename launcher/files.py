@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launcher.model import KitError
+from launcher.model import BlindError, KitError
 
 
 def create_once(path: Path, content: str) -> bool:
@@ -63,13 +63,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The object in ``path``; None when there is no such file.
 
     Raises:
-        KitError: it is there and cannot be read or is not JSON.
+        BlindError: it is there and cannot be read.
+        KitError: it is not JSON.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise BlindError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise KitError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise KitError(f"{path} is not a JSON object")

@@ -13,6 +13,10 @@ from launcher.rundir import RunDir
 from launcher.scheduler import Scheduler
 from launcher.screen import view
 from launcher.watcher import Watcher
+from launcher.witness import Witness
+
+#: Seconds between two pictures while nothing happens, and the part of the time that drawing may take.
+DRAW_EVERY, DRAWING = 1.0, 0.03
 
 
 def follow_live(
@@ -27,7 +31,9 @@ def follow_live(
     """
     console = console or Console(highlight=False, markup=False)
     await_start(run, say=console.print, slurm=slurm)
+    draw_after = 0.0
     with Watcher.of_run(run, slurm) as watcher:
+        watcher.witness = Witness(run)
         with (
             outlets.delivering(run, say=console.print) as delivery,
             Live(console=console, auto_refresh=False, transient=True) as live,
@@ -35,8 +41,13 @@ def follow_live(
             for notices in looks(watcher, delivery):
                 for notice in notices:
                     console.print(line(notice))
+                began = time.monotonic()
+                if not notices and began < draw_after:
+                    continue
                 width, height = console.size
                 shown = view(watcher, run.name, time.time(), width=width, height=height - 1)
                 live.update(shown, refresh=True)
+                took = time.monotonic() - began
+                draw_after = began + max(DRAW_EVERY, took / DRAWING)
         console.print(view(watcher, run.name, watcher.present))
         conclude(watcher, run)

@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launcher.findings import Finding, Severity
-from launcher.model import BlindError, CriticalError, GroupState
+from launcher.model import BlindError, CriticalError, GroupState, KitError
 from launcher.outlets import Outlets
 from launcher.rundir import Outputs, RunDir
-from launcher.scheduler import Scheduler
+from launcher.scheduler import LOCAL, Scheduler, cluster_of, scheduler_of
 from launcher.screen import plain
 from launcher.sinks import FRESH_SECONDS, Delivery
 from launcher.slurm import Slurm
 from launcher.snapshot import as_data
 from launcher.state import Notice, RunState
-from launcher.watcher import Watcher
+from launcher.watcher import ASK_EVERY, Watcher
+from launcher.witness import Witness
 
 #: Seconds between two looks at the logs.
 LOOK_EVERY = 0.3
@@ -29,6 +30,8 @@ QUIET_SECONDS = 5.0
 ACTING_QUIET = 120.0
 #: Seconds of silence after which the monitor says how far training is.
 PROGRESS_EVERY = 30.0
+#: Seconds for which Slurm may not answer before a run has started; then the monitor gives up.
+BLIND_SECONDS = 120.0
 #: The job script whose runs the monitor looks for in the queue.
 SCRIPT = "llama3.1-8b-pretraining-torchft.sh"
 
@@ -46,12 +49,27 @@ def choose(outputs: Outputs, name: str | None, slurm: Slurm) -> RunDir:
                 if any(job.live for job in slurm.jobs(int(number))):
                     return outputs.run_of_array(int(number))
         return outputs.find(name)
-    known = {array for run in outputs.runs() for array in run.arrays()}
+    runs = outputs.runs()
+    known = {array for run in runs for array in run.arrays()}
     with contextlib.suppress(BlindError):
         for array in reversed(slurm.own_arrays(str(Path.cwd()), SCRIPT)):
             if array not in known:
                 return outputs.run_of_array(array)
+        queue = slurm.in_queue()
+        for run in reversed(runs):
+            if _lives(run, queue):
+                return run
     return outputs.find(None)
+
+
+def _lives(run: RunDir, queue: frozenset[int]) -> bool:
+    """Whether tasks of a run wait or run; ``queue``: the jobs that Slurm has."""
+    try:
+        if cluster_of(run) != LOCAL:
+            return bool(queue.intersection(run.arrays()))
+        return any(job.live for job in scheduler_of(run).jobs(*run.arrays()))
+    except KitError:
+        return False  # damaged, or of a machine whose daemon is gone
 
 
 def await_start(run: RunDir, *, say: Callable[[str], None], slurm: Scheduler) -> None:
@@ -59,11 +77,22 @@ def await_start(run: RunDir, *, say: Callable[[str], None], slurm: Scheduler) ->
 
     Raises:
         CriticalError: no task is left that could; carries what its error log says.
-        BlindError: Slurm cannot be asked.
+        BlindError: Slurm could not be asked for ``BLIND_SECONDS``.
     """
     told = ""
+    blind_until = time.monotonic() + BLIND_SECONDS
     while not run.manifest_path.is_file():
-        jobs = slurm.jobs(*run.arrays())
+        try:
+            jobs = slurm.jobs(*run.arrays())
+        except BlindError as error:
+            if time.monotonic() > blind_until:
+                raise
+            if (text := f"{slurm.name} cannot be asked ({error}): trying again") != told:
+                say(line(Notice(time.time(), text)))
+                told = text
+            time.sleep(ASK_EVERY)
+            continue
+        blind_until = time.monotonic() + BLIND_SECONDS
         if not any(job.live for job in jobs):
             said = run.last_words()
             raise CriticalError(f"run {run.name} did not start: {said or 'its logs say nothing'}")
@@ -95,7 +124,7 @@ def follow(
     """
     await_start(run, say=say, slurm=slurm)
     with Watcher.of_run(run, slurm) as watcher:
-        watcher.eager = act is not None
+        watcher.eager, watcher.witness = act is not None, Witness(run)
         size = watcher.state.group_size
         say(f"run {run.name}: {size} replica groups, {os.path.relpath(run.path)}")
         spoke = time.monotonic()
@@ -196,10 +225,10 @@ def conclude(watcher: Watcher, run: RunDir) -> None:
         CriticalError: it did not finish.
         BlindError: it cannot be known.
     """
-    if watcher.state.finished:
-        return
     if watcher.blind:
         raise BlindError("; ".join(f"{name}: {why}" for name, why in watcher.blind.items()))
+    if watcher.state.finished:
+        return
     raise CriticalError(f"run {run.name} ended before its last step: see the logs in {run.path}")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from launcher.contacts import Contacts
+from launcher.events import Event
 from launcher.groups import Group
 from launcher.incidents import SIGN_WINDOW, Cause, Incident, Sign, unreachable_sign
 from launcher.lighthouse_log import Waiting
@@ -164,52 +165,89 @@ class Observed:
                 self.enter(group, GroupState.DONE, t)
         return [Notice(t, f"the run is resized: {self.size} replica groups, before {before}")]
 
-    def observe(self, jobs: Iterable[Job], now: float) -> list[Notice]:
-        """Fold in what Slurm says of the run's array tasks."""
-        notices = []
+    def observe(self, jobs: Iterable[Job], asked: float) -> list[Event]:
+        """Note what Slurm says of the run's array tasks, who were asked about at ``asked``.
+
+        Returns:
+            What of it belongs to the story. It is folded in as every other event, and recorded,
+            for Slurm will not say it again.
+        """
+        events = []
+        for group in self.groups.values():
+            group.waiting = group.slurm_state = group.expected_start = ""
         for job in jobs:
-            group = None if job.task is None else self.group_of_task(job.task)
-            if group is None:
+            known = None if job.task is None else self.group_of_task(job.task)
+            if known is None:
                 continue
+            group = known
             waiting = job.reason if job.state == "PENDING" and job.reason != "None" else ""
-            if waiting and group.attempt and group.state is not GroupState.DONE:
-                incident = self.open_incident(group.replica)
-                if incident is not None and incident.requeued_at is None:
-                    incident.requeued_at = now
-                if group.state is not GroupState.REQUEUED:
-                    text = (
-                        f"replica {group.replica} requeued by {self.scheduler}, waiting ({waiting})"
-                    )
-                    notices.append(Notice(now, text))
-                    self.enter(group, GroupState.REQUEUED, now)
             group.waiting, group.slurm_state = waiting, job.state
             group.expected_start = job.start if job.state == "PENDING" else ""
-        return notices
+            incident = self.open_incident(group.replica)
+            untold = incident is not None and incident.requeued_at is None
+            if waiting and group.attempt and (untold or group.state is not GroupState.REQUEUED):
+                event = Event(
+                    t=asked, kind="queued", replica=group.replica, fields={"reason": waiting}
+                )
+                events += [event] if self._is_queued(group, asked) else []
+        return events
 
-    def observe_nodes(self, nodes: Iterable[Node], now: float) -> list[Notice]:
-        """Fold in Slurm's word on the nodes of groups that are lost."""
+    def _is_queued(self, group: Group, t: float) -> bool:
+        """Whether a group can have waited in the queue at ``t``; not if it has started since."""
+        return group.state is not GroupState.DONE and group.launched_at < t
+
+    def _queued(self, group: Group, event: Event) -> Iterable[Notice]:
+        """Recorded by who looks after the run: Slurm has put the group back into its queue."""
+        if not self._is_queued(group, event.t):
+            return
+        incident = self.open_incident(group.replica)
+        if incident is not None and incident.requeued_at is None:
+            incident.requeued_at = event.t
+        if group.state is not GroupState.REQUEUED:
+            self.enter(group, GroupState.REQUEUED, event.t)
+            name = f"replica {group.replica} requeued by {self.scheduler}"
+            yield Notice(event.t, f"{name}, waiting ({event.get('reason')})")
+
+    def observe_nodes(self, nodes: Iterable[Node], asked: float) -> list[Event]:
+        """Note Slurm's word, asked for at ``asked``, on the nodes of groups that are lost.
+
+        Returns:
+            What of it belongs to the story, as ``observe`` does.
+        """
         nodes = list(nodes)
-        silent_hosts = {node.name: node.state for node in nodes if not node.responds}
+        silent = {node.name: node.state for node in nodes if not node.responds}
         unusable = {node.name for node in nodes if not (node.up and node.responds)}
-        notices = []
+        events = []
         for incident in self.incidents[-64:]:
-            if incident.recovered_at is not None:
+            if incident.recovered_at is not None or incident.replica is None:
                 continue
-            if not incident.host:
+            host = incident.host
+            if not host:
                 down = [name for name in incident.nodes if name in unusable]
-                incident.host = down[0] if len(down) == 1 else ""
-            if incident.host not in silent_hosts:
-                continue
-            known = any(sign.cause is Cause.NODE_UNREACHABLE for sign in incident.evidence)
-            if known or incident.end_told():
-                # A node that falls silent later did not cause it; one that was resumed has the
-                # mark too, until it has registered.
-                continue
-            incident.explain([unreachable_sign(now, incident.host)])
-            state = silent_hosts[incident.host]
-            text = f"node {incident.host} of replica {incident.replica} does not respond"
-            notices.append(Notice(now, f"{text} ({self.scheduler}: {state})"))
-        return notices
+                host = down[0] if len(down) == 1 else ""
+            # A node that falls silent later did not cause it; one that was resumed has the mark
+            # too, until it has registered.
+            told = incident.end_told() or _is_blamed(incident)
+            quiet = host in silent and not told
+            if quiet or host != incident.host:
+                fields = {"host": host, "state": silent.get(host, ""), "silent": quiet}
+                events.append(Event(t=asked, kind="node", replica=incident.replica, fields=fields))
+        return events
+
+    def _node(self, group: Group, event: Event) -> Iterable[Notice]:
+        """Recorded by who looks after the run: which node of a lost group is to blame."""
+        incident = self.open_incident(group.replica)
+        if incident is None:
+            return
+        host = str(event.get("host", ""))
+        incident.host = incident.host or host
+        if not event.get("silent") or host != incident.host:
+            return
+        if incident.end_told() or _is_blamed(incident):
+            return
+        incident.explain([unreachable_sign(event.t, host)])
+        text = f"node {host} of replica {group.replica} does not respond"
+        yield Notice(event.t, f"{text} ({self.scheduler}: {event.get('state')})")
 
     def observe_waiting(self, waiting: Waiting, now: float) -> None:
         """Fold in what the lighthouse's next quorum waits for: a stall shows by time alone.
@@ -226,3 +264,8 @@ class Observed:
                 self.enter(group, GroupState.STALLED, since)
             elif group.state is GroupState.STALLED:
                 self.enter(group, group.before_stall, now)
+
+
+def _is_blamed(incident: Incident) -> bool:
+    """Whether its node's silence is noted already."""
+    return any(sign.cause is Cause.NODE_UNREACHABLE for sign in incident.evidence)

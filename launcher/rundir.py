@@ -16,7 +16,8 @@
         ranks/<a>.<attempt>/      full output of every rank, by torchrun; stacks of hung ones
         terms/                    who stood in for the lighthouse (launcher/terms.py)
         orders.jsonl              what the guardian tells the launchers on the nodes
-        events.jsonl              what the guardian saw and did
+        events.jsonl              what the guardian did
+        observed.jsonl            what Slurm said of it: requeued, waiting, a silent node
         report.html               what `launcher report` made of all that
         local/                    of a run of one machine: its daemon's (launcher/local.py)
       .doctor-<token>/            what `launcher doctor` and its job tell each other, while it runs
@@ -26,13 +27,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from launcher.files import create_once, read_json
-from launcher.model import KitError, UsageError
+from launcher.model import BlindError, KitError, UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +122,18 @@ class RunDir:
 
     @property
     def guardian_events(self) -> Path:
-        """What the guardian saw of Slurm and did, as structured events."""
+        """What the guardian did, as structured events."""
         return self.path / "events.jsonl"
+
+    @property
+    def observed(self) -> Path:
+        """What Slurm said of it that belongs to its story, as structured events."""
+        return self.path / "observed.jsonl"
+
+    @property
+    def observed_lock(self) -> Path:
+        """Held by the one monitor that records that."""
+        return self.path / ".observed.lock"
 
     @property
     def groups(self) -> Path:
@@ -220,6 +232,7 @@ class RunDir:
 
         Raises:
             UsageError: there is none, or it is not one of ours.
+            BlindError: it cannot be read.
         """
         raw = read_json(self.manifest_path)
         if raw is None:
@@ -317,10 +330,19 @@ class Outputs:
         return RunDir(self.torchft / f"tft-{array_job_id}")
 
     def runs(self) -> list[RunDir]:
-        """Runs by the time of their start, oldest first; those too that failed to start."""
-        folders = (path for path in self.torchft.glob("tft-*") if path.is_dir())
-        found = [RunDir(path) for path in folders if path.name[4:].isdigit()]
-        return sorted(found, key=_started)
+        """Runs by the time of their start, oldest first; those too that failed to start.
+
+        Raises:
+            BlindError: the folder of the runs cannot be read.
+        """
+        try:
+            names = os.listdir(self.torchft)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise BlindError(f"{self.torchft} cannot be read: {error.strerror}") from error
+        paths = (self.torchft / n for n in names if n[:4] == "tft-" and n[4:].isdigit())
+        return sorted((RunDir(path) for path in paths if path.is_dir()), key=_started)
 
     def find(self, name: str | None) -> RunDir:
         """A run by name (``tft-12``), array job id (``12``) or path; None: the newest.

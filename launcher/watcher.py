@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from launcher.events import TEXT_ONLY_KINDS, Event, ReplicaEventReader, ReplicaLogReader
+from launcher import sources
+from launcher.events import Event
 from launcher.findings import Finding, Snapshot, judge
+from launcher.folding import Fold
 from launcher.lighthouse_log import LighthouseReader, Waiting
 from launcher.model import BlindError, GroupState
 from launcher.rundir import RunDir
 from launcher.scheduler import Scheduler
 from launcher.slurm import Job, Node
+from launcher.sources import Log, Missing
 from launcher.state import Notice, RunState
-from launcher.tail import Tail
+from launcher.witness import Witness
 
 #: Seconds between two questions to Slurm.
 ASK_EVERY = 2.0
@@ -30,51 +29,39 @@ ASK_EAGERLY = 0.5
 #: Seconds between two questions about nodes; while a group is lost, they are asked about with
 #: the jobs: a node may fall silent for some seconds only.
 ASK_NODES_EVERY = 10.0
-#: Bytes of the lighthouse's log read in one go: its lines are long, its events few.
-LIGHTHOUSE_CHUNK = 4 << 20
 #: Seconds for which a fresh event is held back, so that events of several files are folded
-#: in the order in which they happened.
+#: in the order in which they happened. (What comes later than that is put right afterwards.)
 SETTLE = 0.4
+#: Reading all logs again takes at most this part of the time.
+READ_AGAIN = 0.01
 
 
 #: States of a group that is not training, and might be with some help.
 AWAY = frozenset({GroupState.PENDING, GroupState.REQUEUED, GroupState.LOST})
 
 
-class Reader(Protocol):
-    """Turns blocks of one log into events."""
-
-    lines: int
-
-    def read(self, offset: int, block: bytes) -> Iterator[Event]: ...
-
-
-@dataclass(slots=True)
-class Log:
-    """One log that is followed."""
-
-    tail: Tail
-    reader: Reader
-    wanted: Callable[[Event], bool]
-    events: int = 0
-
-
 class Watcher:
     """Reads one run; every look folds in what is new."""
 
     def __init__(
-        self, logs: list[Log], state: RunState, *, run: RunDir | None, slurm: Scheduler | None
+        self,
+        logs: Callable[[], list[Log]],
+        state: Callable[[], RunState],
+        *,
+        run: RunDir | None = None,
+        slurm: Scheduler | None = None,
     ) -> None:
-        self.state = state
+        """Watch what ``logs`` opens, from the first byte, from what ``state`` begins with."""
         self.blind: dict[str, str] = {}
         """Sources that could not be read at the last look, with why."""
         self.live_tasks: int | None = None
         """Array tasks that Slurm may still run; None until it could be asked."""
-        self._logs = logs
+        self._open, self._new = logs, state
         self._run = run
         self._slurm = slurm
-        if slurm is not None:
-            state.scheduler = slurm.name
+        self._logs = logs()
+        self._fold = Fold(self._beginning())
+        self._missing = Missing(run)
         self.jobs: list[Job] = []
         """The run's array tasks, as last asked."""
         self.jobs_asked = float("-inf")
@@ -83,12 +70,19 @@ class Watcher:
         """Whether Slurm is asked often while a group is away: somebody acts on the answer."""
         self.nodes: dict[str, Node] = {}
         """Slurm's nodes by name, as last asked."""
+        self.witness: Witness | None = None
+        """Who records what Slurm says, if anybody here does."""
         self._asked = self._nodes_asked = float("-inf")
+        self._asked_at = 0.0
+        """When Slurm was asked last, Unix seconds."""
         self._side = ThreadPoolExecutor(1, thread_name_prefix="slurm")
         self._answer: Future[list[Job]] | None = None
-        self._slurm_problem = ""
+        self._slurm_problem = self._nodes_problem = ""
         self._held: list[tuple[float, int, Event]] = []
+        self._final = False
+        """Whether the present look is the last one."""
         self._numbers = itertools.count()
+        self._read_again_after = float("-inf")
         self.on_event: Callable[[RunState, Event], None] = lambda state, event: None
         """Called after each event has been folded in (a history, for example)."""
 
@@ -96,48 +90,21 @@ class Watcher:
     def of_run(cls, run: RunDir, slurm: Scheduler | None = None) -> Watcher:
         """Watch a run of ours by everything in its directory."""
         manifest = run.manifest()
-        older = run.lighthouse_log.with_name(run.lighthouse_log.name + ".1")
-        logs = [_lighthouse(run.lighthouse_log, older)]
-        for replica in range(manifest.group_size):
-            for node in range(manifest.nodes_per_group):
-                path = run.events(replica, node)
-                logs.append(Log(Tail(path), ReplicaEventReader(path.name), lambda event: True))
-            # The text logs tell again what the structured events say: only the rest is news.
-            logs += [
-                _text(run.log(replica, stream), replica, lambda e: e.kind in TEXT_ONLY_KINDS)
-                for stream in ("out", "err")
-            ]
-        for spare in range(manifest.group_size, manifest.group_size + manifest.spares):
-            # Whatever group it has become says its log.
-            logs += [
-                _text(run.log(spare, stream), None, lambda e: e.kind in TEXT_ONLY_KINDS)
-                for stream in ("out", "err")
-            ]
-        acts = run.guardian_events
-        logs.append(Log(Tail(acts), ReplicaEventReader(acts.name), lambda event: True))
-        state = RunState(
-            manifest.replicas or manifest.group_size,
-            manifest.steps,
-            nodes_per_group=manifest.nodes_per_group,
-            sync_every=manifest.sync_every,
-        )
-        return cls(logs, state, run=run, slurm=slurm)
+
+        def state() -> RunState:
+            return RunState(
+                manifest.replicas or manifest.group_size,
+                manifest.steps,
+                nodes_per_group=manifest.nodes_per_group,
+                sync_every=manifest.sync_every,
+            )
+
+        return cls(lambda: sources.of_run(run, manifest), state, run=run, slurm=slurm)
 
     @classmethod
     def of_files(cls, lighthouse_log: Path | None, replica_logs: Sequence[Path]) -> Watcher:
         """Watch bare log files, of a run of anybody's."""
-        logs = [_lighthouse(lighthouse_log)] if lighthouse_log is not None else []
-        structured = [path for path in replica_logs if path.suffix == ".jsonl"]
-        told = {_replica_by_name(path.with_suffix("")) for path in structured} - {None}
-        for path in replica_logs:
-            if path in structured:
-                logs.append(Log(Tail(path), ReplicaEventReader(path.name), lambda event: True))
-                continue
-            replica = _replica_by_name(path)
-            # What a group's structured events tell is not told again by its text log.
-            news = (lambda e: e.kind in TEXT_ONLY_KINDS) if replica in told else (lambda e: True)
-            logs.append(_text(path, replica, news))
-        return cls(logs, RunState(0), run=None, slurm=None)
+        return cls(lambda: sources.of_files(lighthouse_log, replica_logs), lambda: RunState(0))
 
     def __enter__(self) -> Watcher:
         return self
@@ -148,8 +115,14 @@ class Watcher:
     def close(self) -> None:
         """Let go of the files."""
         self._side.shutdown(wait=False, cancel_futures=True)
-        for log in self._logs:
-            log.tail.close()
+        if self.witness is not None:
+            self.witness.close()
+        self._close_logs()
+
+    @property
+    def state(self) -> RunState:
+        """Where the run stands; always the same object."""
+        return self._fold.state
 
     def look(self, *, final: bool = False) -> list[Notice]:
         """Read what is new; returns its story in order of time.
@@ -158,6 +131,24 @@ class Watcher:
             final: hold nothing back for late lines of other files.
         """
         self.blind = {}
+        self._final = final
+        began = time.monotonic()
+        notices = self._read(final=final)
+        if self._fold.forgot and (final or began > self._read_again_after):
+            notices += self._read_all_again(final=final)
+            now = time.monotonic()
+            self._read_again_after = now + (now - began) / READ_AGAIN
+        self._ask(wait=final)
+        if final:
+            notices += self._read(final=True)  # what Slurm has just said
+        notices += self._fold.correct(now=final)
+        committed = any(group.commits for group in self.state.groups.values())
+        self.blind |= self._missing.look(self._logs, final=final, committed=committed)
+        self.state.observe_waiting(self.waiting, self.present if final else time.time())
+        return notices
+
+    def _read(self, *, final: bool) -> list[Notice]:
+        """Read what is new in the logs, and fold in what has settled."""
         notices = []
         # A long past is read in step, always going on with the log that is behind: only what
         # lies between the foremost and the hindmost is ever held.
@@ -176,11 +167,33 @@ class Watcher:
                 del unread[behind]
                 continue
             reached[behind] = max(reached[behind], self._hold(log, offset, block))
-            notices += self._fold(min(reached[key] for key in unread))
-        notices += self._fold(float("inf") if final else time.time() - SETTLE)
-        notices += self._ask(wait=final)
-        self.state.observe_waiting(self.waiting, self.present if final else time.time())
-        return notices
+            notices += self._fold_until(min(reached[key] for key in unread))
+        return notices + self._fold_until(float("inf") if final else time.time() - SETTLE)
+
+    def _read_all_again(self, *, final: bool) -> list[Notice]:
+        """Begin anew with the first byte of every log; what was told is not told again."""
+        self._close_logs()
+        self._logs, self._held = self._open(), []
+        self._fold.begin_again(self._beginning())
+        told, self.on_event, before = (
+            self.state.last_event,
+            lambda state, event: None,
+            self.on_event,
+        )
+        try:
+            return [notice for notice in self._read(final=final) if notice.t > told]
+        finally:
+            self.on_event = before
+
+    def _beginning(self) -> RunState:
+        state = self._new()
+        if self._slurm is not None:
+            state.scheduler = self._slurm.name
+        return state
+
+    def _close_logs(self) -> None:
+        for log in self._logs:
+            log.tail.close()
 
     def _hold(self, log: Log, offset: int, block: bytes) -> float:
         """Put the events of a block in line, in order of time; returns the latest time."""
@@ -189,15 +202,20 @@ class Watcher:
             log.events += 1
             latest = max(latest, event.t)
             if log.wanted(event):
-                heapq.heappush(self._held, (event.t, next(self._numbers), event))
+                self._put_in_line(event)
         return latest
 
-    def _fold(self, until: float) -> list[Notice]:
+    def _put_in_line(self, event: Event) -> None:
+        # While others come, one from a clock that is ahead does not wait until then.
+        t = event.t if self._final else min(event.t, time.time())
+        heapq.heappush(self._held, (t, next(self._numbers), event))
+
+    def _fold_until(self, until: float) -> list[Notice]:
         """Fold in what is in line from before ``until``."""
         notices = []
         while self._held and self._held[0][0] < until:
             event = heapq.heappop(self._held)[2]
-            notices += self.state.apply(event)
+            notices += self._fold.take(event)
             self.on_event(self.state, event)
         return notices
 
@@ -236,24 +254,26 @@ class Watcher:
         jobs = slurm.jobs(*run.arrays())
         if time.monotonic() - self._nodes_asked >= every:
             self._nodes_asked = time.monotonic()
-            with contextlib.suppress(BlindError):
+            try:
                 self.nodes = {node.name: node for node in slurm.nodes()}
+                self._nodes_problem = ""
+            except BlindError as error:
+                self._nodes_problem = str(error)
         return jobs
 
-    def _ask(self, *, wait: bool) -> list[Notice]:
+    def _ask(self, *, wait: bool) -> None:
         """Slurm's word, asked for on the side: a slow controller must not hold up the logs."""
         if self._slurm is None or self._run is None or self.state.finished:
-            return []
+            return
         away = self.eager and any(g.state in AWAY for g in self.state.groups.values())
         every = ASK_EAGERLY if away else ASK_EVERY
         if self._answer is None and time.monotonic() - self._asked >= every:
-            self._asked = time.monotonic()
+            self._asked, self._asked_at = time.monotonic(), time.time()
             lost = any(i.where and i.recovered_at is None for i in self.state.incidents)
             every = 0.0 if lost else ASK_NODES_EVERY
             self._answer = self._side.submit(
                 self._ask_jobs_and_nodes, self._slurm, self._run, every
             )
-        notices = []
         if self._answer is not None and (wait or self._answer.done()):
             answer, self._answer = self._answer, None
             try:
@@ -262,23 +282,16 @@ class Watcher:
                 self._slurm_problem, self.live_tasks = str(error), None
             else:
                 self._slurm_problem, self.live_tasks = "", sum(job.live for job in jobs)
-                self.jobs, self.jobs_asked, now = jobs, self._asked, time.time()
-                notices = self.state.observe(jobs, now)
-                notices += self.state.observe_nodes(self.nodes.values(), now)
-        if self._slurm_problem:
-            self.blind[self.state.scheduler] = self._slurm_problem
-        return notices
+                self.jobs, self.jobs_asked = jobs, self._asked
+                self._note(jobs)
+        name = self.state.scheduler
+        if self._slurm_problem or self._nodes_problem:
+            self.blind[name] = self._slurm_problem or f"its nodes: {self._nodes_problem}"
 
-
-def _lighthouse(path: Path, older: Path | None = None) -> Log:
-    return Log(Tail(path, older, LIGHTHOUSE_CHUNK), LighthouseReader(path.name), lambda event: True)
-
-
-def _replica_by_name(path: Path) -> int | None:
-    """Logs of array tasks end in the task's index, as in ``tft-12_3.err``."""
-    match = re.search(r"_(\d+)\.\w+$", path.name)
-    return int(match[1]) if match else None
-
-
-def _text(path: Path, replica: int | None, wanted: Callable[[Event], bool]) -> Log:
-    return Log(Tail(path), ReplicaLogReader(path.name, replica), wanted)
+    def _note(self, jobs: list[Job]) -> None:
+        """Take in what belongs to the story of what Slurm has just said."""
+        events = self.state.observe(jobs, self._asked_at)
+        events += self.state.observe_nodes(self.nodes.values(), self._asked_at)
+        if events and (self.witness is None or not self.witness.record(events)):
+            for event in events:
+                self._put_in_line(event)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-#: (step, rank) pairs remembered while not every group has said its hash.
-WINDOW = 4096
+#: Steps remembered, of every rank: groups say their hashes of a step within seconds of each other.
+WINDOW = 128
 #: Differing pairs kept; further ones are only counted.
 MOST_DIFFERENT = 100
 
@@ -43,7 +43,8 @@ class WeightLedger:
         if len(known) > 1:
             self.compared += not compared
             self.last_step = max(self.last_step, step)
-        while len(self._hashes) > WINDOW:
+        ranks = len({rank for _, rank in self._newest})
+        while len(self._hashes) > WINDOW * ranks:
             self._hashes.popitem(last=False)
         if differed or len(set(known.values())) < 2:
             return False

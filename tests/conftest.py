@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
+from launcher.events import Event
 from launcher.process import Completed
+from launcher.state import Notice, RunState
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REPOSITORY = Path(__file__).parent.parent
@@ -79,3 +81,8 @@ def fake_run() -> FakeRun:
     run = FakeRun()
     run.on("sinfo", out="worker-0|mix|none\nworker-1|down*|Not responding\n")
     return run
+
+
+def apply_all(state: RunState, events: Iterable[Event]) -> list[Notice]:
+    """Fold events in; returns what is told of them."""
+    return [notice for event in events for notice in state.apply(event)]

@@ -30,7 +30,7 @@ from launcher.scheduler import cluster_of, scheduler_of
 from launcher.slurm import Job, Slurm
 from launcher.state import RunState
 from launcher.watcher import Watcher
-from tests.conftest import REPOSITORY, FakeRun
+from tests.conftest import REPOSITORY, FakeRun, apply_all
 from tests.unit.conftest import MANIFEST
 
 #: The daemon, with something that stands in for the lighthouse, and in less of a hurry to wait.
@@ -438,14 +438,14 @@ def test_the_demo_plays_elsewhere_where_a_sandbox_does_not_come_up(tmp_path: Pat
 
 def test_what_is_told_names_who_runs_the_tasks(run: RunDir) -> None:
     state = RunState(2, 100)
-    with Watcher([], state, run=None, slurm=Local(run)):
+    with Watcher(list, lambda: state, slurm=Local(run)):
         assert state.scheduler == "the daemon"
     state.group(1).attempt = 1
     failed = Job(job_id=50, array_job_id=50, task=1, state="FAILED", node="", reason="None")
     (action,) = needed(View(state=state, now=100.0, jobs=[failed]))
     assert (action.kind, action.why) == ("requeue", "the daemon says FAILED")
     waits = dataclasses.replace(failed, state="PENDING", reason="Resources")
-    (notice,) = state.observe([waits], 101.0)
+    (notice,) = apply_all(state, state.observe([waits], 101.0))
     assert notice.text == "replica 1 requeued by the daemon, waiting (Resources)"
     here = Snapshot(state=state, now=100.0, job="50")
     assert here.requeue(1) == "`python -m launcher requeue tft-50 1`"

@@ -34,7 +34,7 @@ from launcher.stalls import FIRST_STEPS_SECONDS
 from launcher.state import RunState
 from launcher.timeouts import HANG_SECONDS
 from launcher.watcher import Watcher
-from tests.conftest import FIXTURES, FakeRun
+from tests.conftest import FIXTURES, FakeRun, apply_all
 from tests.unit.conftest import MANIFEST
 
 
@@ -310,7 +310,7 @@ def test_of_several_nodes_the_one_that_is_down_is_left_out() -> None:
     (incident,) = state.incidents
     assert (incident.host, incident.where) == ("", "w2, w3")
     down = {**nodes(5), "w3": Node(name="w3", state="down", reason="x")}
-    state.observe_nodes(down.values(), 113.6)
+    apply_all(state, state.observe_nodes(down.values(), 113.6))
     assert incident.host == "w3"
     begin = [job(0, "RUNNING"), job(1, "PENDING", "BeginTime")]
     view = View(state=state, now=114.0, jobs=begin, nodes=down)
@@ -382,7 +382,7 @@ def test_a_lost_groups_task_does_not_race_the_spare_that_takes_it_over() -> None
     begin, spare = [job(1, "PENDING", "BeginTime")], Spare(task=3, host="w7", t=112.0)
     # Slurm may say so before anything else does.
     early = training()
-    early.observe(begin, 110.5)
+    apply_all(early, early.observe(begin, 110.5))
     assert not needed(View(state=early, now=110.6, jobs=begin, spares=[spare]))
     assert kinds(View(state=early, now=122.0, jobs=begin, spares=[spare])) == [("start_now", 1)]
     assert not needed(View(state=state, now=112.5, jobs=begin, spares=[spare])), "still a member"
@@ -441,7 +441,7 @@ def watch(run: RunDir, state: RunState, jobs: list[Job], waiting: Waiting) -> Wa
         waiting = property(lambda self: known)
 
     known = waiting
-    watcher = Known([], state, run=None, slurm=None)
+    watcher = Known(list, lambda: state)
     watcher.jobs = jobs
     return watcher
 

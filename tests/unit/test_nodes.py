@@ -13,7 +13,7 @@ from launcher.rundir import Outputs, RunDir
 from launcher.slurm import Node, Slurm
 from launcher.state import RunState
 from launcher.watcher import Watcher
-from tests.conftest import FIXTURES, FakeRun
+from tests.conftest import FIXTURES, FakeRun, apply_all
 
 DOWN = Node(name="worker-1", state="down*", reason="Not responding")
 UP = Node(name="worker-1", state="mix", reason="none")
@@ -53,10 +53,12 @@ def test_a_star_is_a_node_that_does_not_respond(state: str) -> None:
 
 def test_the_node_of_a_lost_group_does_not_respond() -> None:
     state = lost()
-    assert state.observe_nodes([UP], 101.0) == []
-    (notice,) = state.observe_nodes([Node(name="worker-1", state="mix*", reason="")], 103.0)
+    assert apply_all(state, state.observe_nodes([UP], 101.0)) == []
+    (notice,) = apply_all(
+        state, state.observe_nodes([Node(name="worker-1", state="mix*", reason="")], 103.0)
+    )
     assert notice.text == "node worker-1 of replica 1 does not respond (Slurm: mix*)"
-    assert state.observe_nodes([DOWN], 105.0) == [], "told once"
+    assert apply_all(state, state.observe_nodes([DOWN], 105.0)) == [], "told once"
     (incident,) = state.incidents
     assert (incident.why, incident.first_sign) == ("node unreachable", 100.0)
     assert [sign.text for sign in incident.evidence] == ["Slurm: node worker-1 does not respond"]
@@ -66,14 +68,14 @@ def test_a_node_of_nobody_who_is_lost_is_no_sign() -> None:
     state = RunState(2)
     state.apply(said(1.0, "launch", attempt=1, host="worker-1"))
     state.apply(membership(2.0, 0, 1))
-    assert state.observe_nodes([DOWN], 3.0) == []
+    assert apply_all(state, state.observe_nodes([DOWN], 3.0)) == []
     assert state.incidents == []
 
 
 def test_what_the_old_copy_prints_when_the_network_heals_is_a_consequence() -> None:
     for due in ("NODE FAILURE", "JOB REQUEUE", None):
         state = lost()
-        state.observe_nodes([DOWN], 130.0)
+        apply_all(state, state.observe_nodes([DOWN], 130.0))
         state.apply(said(150.0, "launch", attempt=2, host="worker-2"))
         state.apply(cancelled(200.0, due))
         told = state.apply(said(201.0, "exit", attempt=1, host="worker-1", code=143, reason="TERM"))
@@ -92,7 +94,7 @@ def test_a_node_that_could_say_it_first_went_down() -> None:
         state = lost(line) if before else lost()
         state.apply(line)
         resumed = Node(name="worker-1", state="idle*", reason="")  # it has not registered yet
-        assert state.observe_nodes([resumed, DOWN], 160.0) == []
+        assert apply_all(state, state.observe_nodes([resumed, DOWN], 160.0)) == []
         (incident,) = state.incidents
         assert incident.why == "node down"
         assert len(incident.evidence) == 1
@@ -104,13 +106,13 @@ def test_a_node_that_could_say_it_first_went_down() -> None:
 )
 def test_a_node_that_could_tell_and_falls_silent_later_is_no_cause(reason: str, cause: str) -> None:
     state = lost(said(99.0, "exit", attempt=1, host="worker-1", code=1, reason=reason))
-    assert state.observe_nodes([DOWN], 900.0) == []
+    assert apply_all(state, state.observe_nodes([DOWN], 900.0)) == []
     assert state.incidents[0].why == cause + reason
 
 
 def test_errors_of_a_copy_that_was_cut_off_are_not_the_cause() -> None:
     state = lost(said(98.0, "exception", text="RuntimeError: Connection reset by peer"))
-    state.observe_nodes([DOWN], 104.0)
+    apply_all(state, state.observe_nodes([DOWN], 104.0))
     assert state.incidents[0].why == "node unreachable"
 
 
@@ -120,7 +122,7 @@ def test_after_a_recovery_nothing_is_added() -> None:
     state.apply(membership(160.0, 0, 1))
     state.apply(said(161.0, "commit", step=20, committed=True, rank=0, attempt=2))
     assert state.incidents[0].recovered_at == 161.0
-    assert state.observe_nodes([DOWN], 170.0) == []
+    assert apply_all(state, state.observe_nodes([DOWN], 170.0)) == []
 
 
 @pytest.fixture
@@ -170,6 +172,8 @@ def test_of_several_nodes_the_silent_one_is_named() -> None:
     (incident,) = state.incidents
     assert (incident.host, incident.where) == ("", "worker-7, worker-1")
     silent = Node(name="worker-1", state="mix*", reason="")
-    (notice,) = state.observe_nodes([Node(name="worker-7", state="mix", reason=""), silent], 103.0)
+    (notice,) = apply_all(
+        state, state.observe_nodes([Node(name="worker-7", state="mix", reason=""), silent], 103.0)
+    )
     assert notice.text == "node worker-1 of replica 1 does not respond (Slurm: mix*)"
     assert (incident.host, incident.why) == ("worker-1", "node unreachable")
