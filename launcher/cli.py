@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import resource
 import shlex
 import signal
 import sys
@@ -135,9 +137,9 @@ def monitor(
     from launcher.watcher import Watcher
 
     bare = [*([lighthouse_log] if lighthouse_log else []), *(replica_log or [])]
-    for path in bare:
-        if not path.is_file():
-            raise UsageError(f"{path} is not a file")
+    # Three files of every replica group are followed.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if with_parent:
         from launcher.parentage import die_with_parent
 
@@ -164,7 +166,7 @@ def monitor(
 
                 with Guardian.of(chosen, slurm) as guardian:
                     monitor.follow(chosen, say=say, slurm=slurm, outlets=outlets, act=guardian.tend)
-            elif sys.stdout.isatty():
+            elif sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
                 from launcher.live import follow_live
 
                 follow_live(chosen, slurm, outlets)
@@ -318,6 +320,9 @@ def _exports(environment: dict[str, str]) -> str:
 
 def main() -> None:
     """Run the command line; errors of the kit are one line and an exit code, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # texts from logs, in any locale
     try:
         app()
     except KitError as error:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.findings import Finding
 from launcher.groups import Group
 from launcher.history import History
-from launcher.incidents import Incident
+from launcher.incidents import Incident, Sign
 from launcher.model import GroupState
 from launcher.rundir import Manifest
 from launcher.snapshot import as_data, figures, iso
 from launcher.state import RunState
-from launcher.words import clean, clock, plural, seconds
+from launcher.words import clean, clock, plural, seconds, zone
 
 #: Incidents in a report, the newest; the JSON has all.
 MOST_INCIDENTS = 200
@@ -61,6 +61,8 @@ class Moment:
     after: float | None = None
     """Seconds since the first sign."""
     note: str = ""
+    main: bool = False
+    """Whether it has a column of its own where there is room for a few."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,9 @@ class Evidence:
 
     t: float
     text: str
+    """What it says."""
+    line: str
+    """The line itself, where that is more than what it says."""
     cause: str
     where: str
     """File and byte offset."""
@@ -114,6 +119,8 @@ class Digest:
     finished: bool
     start: float
     end: float
+    zone: str
+    """Of every time in the report."""
     facts: Sequence[tuple[str, str]]
     figures: Sequence[Figure]
     groups: Sequence[GroupText]
@@ -138,18 +145,16 @@ def digest(
         finished=state.finished,
         start=start,
         end=max(start, end),
+        zone=zone(start, max(start, end)),
         facts=_facts(manifest, state, start, end),
         figures=_figures(state),
         groups=[
             _group(group, history, end)
             for group in sorted(state.groups.values(), key=lambda group: group.replica)
         ],
-        incidents=[_incident(number, i) for number, i in numbered[-MOST_INCIDENTS:]],
+        incidents=[_incident(number, i, state, end) for number, i in numbered[-MOST_INCIDENTS:]],
         incidents_left_out=max(0, len(numbered) - MOST_INCIDENTS),
-        findings=[
-            Finding(kind=f.kind, severity=f.severity, message=clean(f.message), replica=f.replica)
-            for f in findings
-        ],
+        findings=[replace(finding, message=clean(finding.message)) for finding in findings],
     )
 
 
@@ -162,16 +167,19 @@ def data(manifest: Manifest, state: RunState, findings: Sequence[Finding]) -> di
             "lost_at_step": incident.lost_at_step,
             "requeued_at": iso(incident.requeued_at),
             "started_at": iso(incident.started_at),
+            "waited_for_slurm_s": _in_the_queue(incident),
             "boot_s": dict(incident.boot),
             "rejoined_at": iso(incident.rejoined_at),
             "healed_at": iso(incident.healed_at),
             "healed_from": incident.healed_from,
             "recovered_at_step": incident.recovered_at_step,
+            "full_strength_at": iso(incident.full_strength_at),
             "evidence": [
                 {
                     "time": iso(sign.t),
                     "cause": sign.cause.value,
                     "text": sign.text,
+                    "line": sign.line,
                     "file": sign.source.file if sign.source else None,
                     "offset": sign.source.offset if sign.source else None,
                 }
@@ -286,20 +294,21 @@ def _group(group: Group, history: History, end: float) -> GroupText:
         node=clean(", ".join(group.nodes) or group.host),
         state=STATE_NAMES[group.state],
         step=group.step,
-        attempts=group.attempt,
+        attempts=group.attempts,
         failed_commits=group.failed_commits,
         seconds=spent,
     )
 
 
-def _incident(number: int, incident: Incident) -> IncidentText:
-    def moment(name: str, t: float | None, note: str = "") -> Moment:
+def _incident(number: int, incident: Incident, state: RunState, end: float) -> IncidentText:
+    def moment(name: str, t: float | None, note: str = "", *, main: bool = False) -> Moment:
         after = None if t is None else t - incident.first_sign
-        return Moment(name=name, t=t, after=after, note=note)
+        return Moment(name=name, t=t, after=after, note=note, main=main)
 
     healer = "" if incident.healed_from is None else f"from {incident.healed_from}"
     boot = ", ".join(f"{name} {value:.1f} s" for name, value in incident.boot.items())
     at = incident.recovered_at_step
+    recovered = "" if at is None else f"at step {at:,}"
     evidence = sorted(incident.evidence, key=lambda sign: sign.t)
     return IncidentText(
         number=number,
@@ -308,28 +317,56 @@ def _incident(number: int, incident: Incident) -> IncidentText:
         cause=clean(incident.why),
         moments=[
             Moment(
-                name="First sign", t=incident.first_sign, note=f"at step {incident.lost_at_step:,}"
+                name="First sign",
+                t=incident.first_sign,
+                note=f"at step {incident.lost_at_step:,}",
+                main=True,
             ),
-            moment("Detected", incident.detected_at),
+            moment("Detected", incident.detected_at, main=True),
+            moment("Requeued", incident.requeued_at, _wait(incident, state, end)),
             moment("Started again", incident.started_at, boot),
             moment("Rejoined", incident.rejoined_at),
             moment("Healed", incident.healed_at, healer),
-            moment("Recovered", incident.recovered_at, "" if at is None else f"at step {at:,}"),
+            moment("Recovered", incident.recovered_at, recovered, main=True),
+            moment("Back at full strength", incident.full_strength_at),
         ],
         steps_lost=incident.steps_lost,
         survivor_stall=seconds(incident.survivor_stall_s),
-        evidence=[
-            Evidence(
-                t=sign.t,
-                text=clean(sign.text),
-                cause=sign.cause.value,
-                where=(
-                    f"{clean(sign.source.file)}, byte {sign.source.offset:,}"
-                    if sign.source is not None
-                    else "source not recorded"
-                ),
-            )
-            for sign in evidence[:MOST_EVIDENCE]
-        ],
+        evidence=[_evidence(sign) for sign in evidence[:MOST_EVIDENCE]],
         evidence_left_out=max(0, len(evidence) - MOST_EVIDENCE),
+    )
+
+
+def _in_the_queue(incident: Incident) -> float | None:
+    """Seconds from a requeue to the start that followed; None without both."""
+    requeued, started = incident.requeued_at, incident.started_at
+    if requeued is None or started is None or started < requeued:
+        return None
+    return round(started - requeued, 3)
+
+
+def _wait(incident: Incident, state: RunState, end: float) -> str:
+    """How long a group waited in the queue; while it does, also what for."""
+    waited = _in_the_queue(incident)
+    if waited is not None:
+        return f"waited {seconds(waited)} for {state.scheduler}"
+    group = None if incident.replica is None else state.groups.get(incident.replica)
+    if incident.requeued_at is None or group is None or group.state is not GroupState.REQUEUED:
+        return ""
+    why = f" ({clean(group.waiting)})" if group.waiting else ""
+    so_far = seconds(max(0.0, end - incident.requeued_at))
+    return f"waits for {state.scheduler}{why}, so far {so_far}"
+
+
+def _evidence(sign: Sign) -> Evidence:
+    text, line = clean(sign.text), clean(sign.line)
+    where = "source not recorded"
+    if sign.source is not None:
+        where = f"{clean(sign.source.file)}, byte {sign.source.offset:,}"
+    return Evidence(
+        t=sign.t,
+        text=text,
+        line="" if line == text else line,
+        cause=sign.cause.value,
+        where=where,
     )

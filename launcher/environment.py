@@ -107,9 +107,12 @@ def common_environment(base: Mapping[str, str], site: Site) -> dict[str, str]:
     if site.interface:
         env.setdefault("NCCL_SOCKET_IFNAME", site.interface)
         env.setdefault("GLOO_SOCKET_IFNAME", site.interface)
-    # An outage of W&B costs its plots, and this many seconds at the start and at the end.
+    # An outage of W&B costs its plots. The trainer starts it beside the training
+    # (``launcher/train/tracking.py``), so that a start may take its time; the end may not.
     env.setdefault("WANDB_INIT_TIMEOUT", "30")
-    env.setdefault("WANDB_FINISH_TIMEOUT", "30")
+    env.setdefault("WANDB_FINISH_TIMEOUT", "10")
+    # At the end of a process it would wait up to 20 s for a server that does not answer.
+    env.setdefault("WANDB_ERROR_REPORTING", "false")
     if site.device == "cpu":
         # torchrun's own default for several ranks, said here to spare its warning.
         env.setdefault("OMP_NUM_THREADS", "1")

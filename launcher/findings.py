@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import enum
+import bisect
+import functools
 import math
+import shlex
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from launcher.lighthouse_log import Waiting
+from launcher.groups import Group
 from launcher.model import GroupState
+from launcher.remedies import Finding, Severity, Snapshot
 from launcher.stalls import overdue, silent
-from launcher.state import RunState
+
+__all__ = ["Finding", "Severity", "Snapshot", "judge"]
 
 #: Starts of one group within this time that make a storm.
 STORM_STARTS, STORM_SECONDS = 3, 600.0
@@ -33,60 +36,9 @@ STRAGGLER_COST = 0.05
 STRAGGLER_SAMPLES = 5
 #: Lines of a log without one event in them that mean its format is not understood.
 STRANGE_LINES = 500
-
-
-class Severity(enum.Enum):
-    """How bad it is."""
-
-    INFO = "info"
-    WARNING = "warning"
-    CRITICAL = "critical"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One thing that is wrong, and what to do about it."""
-
-    kind: str
-    severity: Severity
-    message: str
-    replica: int | None = None
-
-    @property
-    def key(self) -> str:
-        """Equal for the same thing at a later look."""
-        return f"{self.kind}:{'' if self.replica is None else self.replica}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """All that the rules may look at."""
-
-    state: RunState
-    now: float
-    waiting: Waiting = field(default_factory=Waiting)
-    """What the lighthouse's next quorum waits for."""
-    blind: Mapping[str, str] = field(default_factory=dict)
-    """Sources that cannot be read, with why."""
-    lines: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Lines read and events found, by log."""
-    job: str = "<job>"
-    """Array job id, for remedies."""
-
-    def requeue(self, replica: int) -> str:
-        """The command that ends a replica group and starts it again."""
-        return f"`python -m launcher requeue tft-{self.job} {replica}`"
-
-    def drain(self, host: str) -> str:
-        """What leaves a node out."""
-        if self.local:
-            return "leave it out of CUDA_VISIBLE_DEVICES of the next run"
-        return f"`scontrol update NodeName={host or '<node>'} State=DRAIN`"
-
-    @property
-    def local(self) -> bool:
-        """Whether Slurm has nothing to do with this run."""
-        return self.state.scheduler != "Slurm"
+#: States in which a group's task is in the queue, and those in which its GPUs do its work.
+IN_THE_QUEUE = (GroupState.PENDING, GroupState.REQUEUED)
+AT_WORK = (GroupState.STARTING, GroupState.HEALING, GroupState.TRAINING, GroupState.STALLED)
 
 
 Rule = Callable[[Snapshot], Iterator[Finding]]
@@ -104,7 +56,9 @@ def _blind(snapshot: Snapshot) -> Iterator[Finding]:
         yield Finding(
             kind="monitor_blind",
             severity=Severity.CRITICAL,
-            message=f"{name} cannot be read ({why}): what follows from it is not known",
+            what=name,
+            message=f"{name} cannot be read ({why}): what follows from it is not known. "
+            f"Try {snapshot.look_at(name)}",
         )
 
 
@@ -114,8 +68,10 @@ def _strange_logs(snapshot: Snapshot) -> Iterator[Finding]:
             yield Finding(
                 kind="log_not_understood",
                 severity=Severity.WARNING,
+                what=name,
                 message=f"{lines} lines of {name} and not one that is understood: is it the right "
-                "file, and a supported version of torchft?",
+                f"file (`tail {shlex.quote(name)}`), and the version of torchft that "
+                "`python -m launcher doctor` asks for?",
             )
 
 
@@ -130,22 +86,42 @@ def _stalled(snapshot: Snapshot) -> Iterator[Finding]:
             severity=Severity.CRITICAL,
             replica=replica,
             message=f"replica {replica} has not joined the quorum that others wait {seconds:.0f} s "
-            f"for: look at its stacks, or end it with {snapshot.requeue(replica)}",
+            f"for: look at its stacks (`ranks/{replica}.{state.groups[replica].attempt}/stacks.*.txt`, "
+            f"where the guardian writes them), or end it with {snapshot.requeue(replica)}",
         )
     if overdue(waiting, state.groups.values(), snapshot.now) is None:
         return
+    absent = [
+        replica
+        for replica, group in sorted(state.groups.items())
+        if group.state in AT_WORK and replica not in waiting.requested
+    ]
+    status = (
+        "`python -m launcher lighthouse status` says whether it answers, its log whom it waits for, "
+        f"`python -m launcher status tft-{snapshot.job}` how each group stands"
+    )
     if "need at least half" in waiting.status:
+        who = f"replica {', '.join(map(str, absent))}" if absent else "the silent ones"
         yield Finding(
             kind="survivor_blocked",
             severity=Severity.CRITICAL,
             message=f"no quorum for {seconds:.0f} s: too few of the heartbeating replica groups "
-            "join; the silent ones must end before the others can go on",
+            f"join; {who} must end before the others can go on: "
+            f"{' and '.join(map(snapshot.requeue, absent[:3])) or status}",
         )
     elif waiting.requested.issuperset(state.members):
+        hung = ""
+        if absent:
+            first = absent[0]
+            hung = (
+                f"; if replica {first} hangs while it starts ({snapshot.log(first)}), end it with "
+                f"{snapshot.requeue(first)}"
+            )
         yield Finding(
             kind="quorum_stalled",
             severity=Severity.WARNING,
-            message=f"no new quorum for {seconds:.0f} s: {waiting.status or 'no reason is logged'}",
+            message=f"no new quorum for {seconds:.0f} s: {waiting.status or 'no reason is logged'}. "
+            f"{status}{hung}",
         )
 
 
@@ -162,7 +138,9 @@ def _restart_storm(snapshot: Snapshot) -> Iterator[Finding]:
                 severity=Severity.WARNING,
                 replica=replica,
                 message=f"replica {replica} was lost {count} times in {STORM_SECONDS / 60:.0f} "
-                "minutes: see the causes; the same error every time is a configuration error",
+                f"minutes: {snapshot.report} has the causes, {snapshot.log(replica)} the errors; the "
+                "same error every time is one of the configuration or the code: "
+                f"{snapshot.cancel}, and submit it corrected",
             )
 
 
@@ -173,13 +151,15 @@ def _bad_node(snapshot: Snapshot) -> Iterator[Finding]:
         if incident.host and snapshot.now - incident.lost_at < BAD_NODE_SECONDS
     )
     for host, count in recent.items():
-        leave_out = f"leave it out with `sbatch --exclude={host}`, or {snapshot.drain(host)}"
+        exclude = f"leave it out with `sbatch --exclude={shlex.quote(host)}`"
+        leave_out = f"{exclude}, or {snapshot.drain(host)}"
         if snapshot.local:
-            leave_out = "see the causes: it is a share of this machine"
+            leave_out = f"it is a share of this machine; {snapshot.report} has the causes"
         if count >= BAD_NODE_LOSSES:
             yield Finding(
                 kind="bad_node",
                 severity=Severity.WARNING,
+                what=host,
                 message=f"replica groups were lost {count} times on {host}: {leave_out}",
             )
 
@@ -192,8 +172,8 @@ def _weights(snapshot: Snapshot) -> Iterator[Finding]:
             kind="weights_differ",
             severity=Severity.CRITICAL,
             message=f"weights differ between replica groups since step {step} (rank {rank}), at "
-            f"{ledger.differences} of {ledger.compared} compared pairs: stop, and start again from a "
-            "checkpoint before that step",
+            f"{ledger.differences} of {ledger.compared} compared pairs: {snapshot.cancel}, and start "
+            f"again from a checkpoint before that step; {snapshot.report} has what happened then",
         )
 
 
@@ -204,8 +184,9 @@ def _loss(snapshot: Snapshot) -> Iterator[Finding]:
                 kind="loss_nan",
                 severity=Severity.CRITICAL,
                 replica=group.replica,
-                message=f"the loss of replica {group.replica} is {group.loss}: stop, and start again "
-                "from a checkpoint with a lower learning rate or without that data",
+                message=f"the loss of replica {group.replica} is {group.loss}: "
+                f"{snapshot.cancel}, and start again from a checkpoint before it, with a lower learning "
+                f"rate or without that data; its log is {snapshot.log(group.replica)}",
             )
 
 
@@ -219,13 +200,15 @@ def _straggler(snapshot: Snapshot) -> Iterator[Finding]:
         and group.busy_samples >= STRAGGLER_SAMPLES
         and group.state is GroupState.TRAINING
     }
+    ordered = sorted(busy.values())
     for replica, seconds in busy.items() if len(busy) >= 2 else ():
-        others = statistics.median(s for other, s in busy.items() if other != replica)
+        others = _median_without(ordered, seconds)
         step = state.groups[replica].pace or 0.0
         if seconds <= STRAGGLER_RATIO * others or seconds - others < STRAGGLER_COST * step:
             continue
-        host = state.groups[replica].where
-        where = f" on {host}" if host else ""
+        group = state.groups[replica]
+        where = f" on {group.where}" if group.where else ""
+        host = group.host if len(group.nodes) < 2 else ""  # of several, which one is not known
         yield Finding(
             kind="straggler",
             severity=Severity.WARNING,
@@ -236,9 +219,18 @@ def _straggler(snapshot: Snapshot) -> Iterator[Finding]:
         )
 
 
+def _median_without(ordered: Sequence[float], one: float) -> float:
+    """The median of all but ``one`` of at least two numbers in order, that one among them."""
+    at, last = bisect.bisect_left(ordered, one), len(ordered) - 2
+    low, high = (ordered[i if i < at else i + 1] for i in (last // 2, (last + 1) // 2))
+    return (low + high) / 2
+
+
 def _in_the_queue(snapshot: Snapshot) -> Iterator[Finding]:
     for group in snapshot.state.groups.values():
-        task = f"{snapshot.job}_{group.replica}"
+        if group.state not in IN_THE_QUEUE:
+            continue  # started or cancelled since Slurm was asked
+        task = snapshot.task(group)
         if group.waiting == "BeginTime":
             yield Finding(
                 kind="waiting_begin_time",
@@ -257,14 +249,18 @@ def _in_the_queue(snapshot: Snapshot) -> Iterator[Finding]:
 
 
 def _second_copy(snapshot: Snapshot) -> Iterator[Finding]:
-    for replica, uuids in snapshot.state.second_copies.items():
+    state = snapshot.state
+    for replica, uuids in state.second_copies.items():
+        here = state.group(replica).where
+        before = [i.where for i in state.incidents if i.replica == replica and i.where != here]
         yield Finding(
             kind="second_copy",
             severity=Severity.CRITICAL,
             replica=replica,
             message=f"{len(uuids)} copies of replica {replica} are in one quorum "
-            f"({', '.join(uuid[:8] for uuid in uuids)}): an old one lives on a node that Slurm has "
-            "given up; end it there",
+            f"({', '.join(uuid[:8] for uuid in uuids)}): an old one lives on "
+            f"{before[-1] if before else 'a node'} that Slurm has given up; end it there "
+            "(`pgrep -af launcher.task` shows it), or power that node off",
         )
 
 
@@ -277,7 +273,7 @@ def _started_over(snapshot: Snapshot) -> Iterator[Finding]:
                 replica=incident.replica,
                 message=f"replica {incident.replica} was lost at step {incident.lost_at_step} and "
                 "trains again from before it, with nobody to heal from: its weights are its own. "
-                "Cancel it, and start the run again from a checkpoint",
+                f"{snapshot.cancel}, and start again from a checkpoint",
             )
 
 
@@ -312,41 +308,72 @@ def _gpus(snapshot: Snapshot) -> Iterator[Finding]:
                     kind="gpu_xid",
                     severity=Severity.CRITICAL,
                     replica=group.replica,
+                    what=f"{host}/{gpu}",
                     message=f"the driver reported Xid {xid} on GPU {gpu} of {host} (replica "
                     f"{group.replica}): look it up in NVIDIA's list of Xid errors; if it comes again, "
                     f"{snapshot.drain(host)}",
                 )
-        warm = sorted(s["celsius"] for s in group.gpus.values() if s.get("celsius") is not None)
-        usual = warm[len(warm) // 2] if len(warm) > 2 else None
+        usual = _usual_temperatures(group)
         for (host, gpu), sample in group.gpus.items():
-            where = f"of {host} (replica {group.replica})"
+            told = functools.partial(Finding, replica=group.replica, what=f"{host}/{gpu}")
+            where = f"GPU {gpu} of {host} (replica {group.replica})"
             new = int(sample.get("ecc") or 0) - group.ecc_before.get((host, gpu), 0)
             if new > 0:
-                yield Finding(
+                yield told(
                     kind="gpu_ecc",
                     severity=Severity.CRITICAL,
-                    replica=group.replica,
-                    message=f"{new} uncorrected memory errors on GPU {gpu} {where}: {snapshot.drain(host)}",
+                    message=f"{new} uncorrected memory errors on {where}: {snapshot.drain(host)}",
                 )
+            if group.state not in AT_WORK:
+                continue  # what it was like at its end says nothing of now
             if sample.get("slowed"):
-                yield Finding(
+                yield told(
                     kind="gpu_throttled",
                     severity=Severity.WARNING,
-                    replica=group.replica,
-                    message=f"GPU {gpu} {where} runs slower than it could "
-                    f"({', '.join(sample['slowed'])}): every replica group waits for it",
+                    message=f"{where} runs slower than it could ({', '.join(map(str, sample['slowed']))}), and "
+                    "every replica group waits for it: there, `nvidia-smi -q -d "
+                    f"PERFORMANCE,TEMPERATURE,POWER -i {gpu}`; if it stays, {snapshot.drain(host)} "
+                    f"and {snapshot.requeue(group.replica)}",
                 )
-            if usual is not None and (sample.get("celsius") or 0) >= usual + HOTTER:
-                yield Finding(
+            if host in usual and _celsius(sample) >= usual[host] + HOTTER:
+                yield told(
                     kind="gpu_hot",
                     severity=Severity.WARNING,
-                    replica=group.replica,
-                    message=f"GPU {gpu} {where} has {sample['celsius']} degrees, its peers {usual}: "
-                    "check its cooling before it throttles",
+                    message=f"{where} has {_celsius(sample):g} degrees, its peers {usual[host]:g}: check "
+                    f"its cooling (there, `nvidia-smi -q -d TEMPERATURE -i {gpu}`) before it throttles",
                 )
+
+
+def _celsius(sample: Mapping[str, object]) -> float:
+    """What a GPU's sample says of its temperature; NaN, which is hotter than nothing, where it does not."""
+    value = sample.get("celsius")
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _usual_temperatures(group: Group) -> dict[str, float]:
+    """The median of the GPUs' temperatures on each of a group's nodes; of two the higher one."""
+    warm: dict[str, list[float]] = {}
+    for (host, _), sample in group.gpus.items():
+        if math.isfinite(celsius := _celsius(sample)):
+            warm.setdefault(host, []).append(celsius)
+    return {host: statistics.median_high(values) for host, values in warm.items()}
+
+
+def _ended_early(snapshot: Snapshot) -> Iterator[Finding]:
+    state = snapshot.state
+    if snapshot.over and not state.finished:
+        of = f" of {state.steps}" if state.steps is not None else ""
+        yield Finding(
+            kind="ended_early",
+            severity=Severity.CRITICAL,
+            message=f"{state.scheduler} has no task of the run left, and it has not finished ({state.counted} "
+            f"{state.step}{of}): the end of its `.err` logs says why; submitted again, it goes on from "
+            "its last checkpoint, if it keeps any",
+        )
 
 
 RULES: tuple[Rule, ...] = (
+    _ended_early,
     _gpus,
     _blind,
     _strange_logs,

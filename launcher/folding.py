@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import pickle
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -39,6 +40,14 @@ class _Part:
     """By time."""
     told: Counter[Notice]
     """What was told of them."""
+
+
+_DETAILS = re.compile(r"\(.*\)|[0-9.]+")
+
+
+def _shape(notice: Notice) -> str:
+    """A notice but for how much, how long and why."""
+    return _DETAILS.sub("#", notice.text)
 
 
 class Fold:
@@ -104,8 +113,16 @@ class Fold:
         self._take_over(state)
         self._late = None
         self._spent += time.monotonic() - began
+        # What is told again with other numbers is no news.
         fresh = Counter(news) - before
-        return [notice for notice in dict.fromkeys(news) if notice in fresh]
+        corrected = Counter(_shape(notice) for notice in (before - Counter(news)).elements())
+        told = []
+        for notice in dict.fromkeys(news):
+            if notice in fresh and corrected[_shape(notice)] <= 0:
+                told.append(notice)
+            elif notice in fresh:
+                corrected[_shape(notice)] -= 1
+        return told
 
     def begin_again(self, state: RunState) -> None:
         """Forget everything, and begin with ``state``."""

@@ -22,6 +22,12 @@ class Group:
     before_stall: GroupState = GroupState.TRAINING
     """What it goes back to when it was STALLED and joins after all."""
     attempt: int = 0
+    copies: deque[str] = field(default_factory=lambda: deque(maxlen=8))
+    """uuids under which it was in a quorum, the newest last."""
+    seen_copies: int = 0
+    """How many there were."""
+    tells: bool = False
+    """Whether it tells of its commits itself; else they follow from the quorums."""
     task: int | None = None
     """Array task that runs it; None: the one of its own index."""
     host: str = ""
@@ -50,6 +56,8 @@ class Group:
     busy_samples: int = 0
     uuid: str = ""
     failed_since_commit: int = 0
+    failed_at: float | None = None
+    """When it first failed to commit since then, Unix seconds."""
     ended_ok: bool = False
     left: bool = False
     """Whether it was told to leave the run."""
@@ -80,6 +88,19 @@ class Group:
     """When the newest of those phases ended, Unix seconds."""
     xids: deque[tuple[float, str, int, int]] = field(default_factory=lambda: deque(maxlen=16))
     """(time, node, GPU, Xid) of the driver's newest errors."""
+
+    @property
+    def attempts(self) -> int:
+        """How often it was started: as its launcher counts, else as its copies in quorums tell."""
+        return self.attempt or self.seen_copies
+
+    def joined_as(self, uuid: str) -> bool:
+        """Note that a copy of it is in a quorum; returns whether it is a new one."""
+        if uuid in self.copies:
+            return False
+        self.copies.append(uuid)
+        self.seen_copies += 1
+        return True
 
     @property
     def pace(self) -> float | None:

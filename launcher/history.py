@@ -14,7 +14,7 @@ from typing import Generic, NamedTuple, TypeVar
 from launcher.events import Event
 from launcher.groups import Group
 from launcher.model import GroupState
-from launcher.stalls import overdue, stalls_at
+from launcher.stalls import overdue, patience, stalls_at
 from launcher.state import RunState
 
 #: Changes kept for one replica group, and of the quorum's size.
@@ -184,9 +184,10 @@ class History:
         waited = event.get("waited")
         if waited is None or overdue(waited, state.groups.values(), event.t) is None:
             return
+        usual = patience(state.groups.values())
         for replica, changes in self.groups.items():
             if replica not in waited.requested:
-                stalled = stalls_at(waited, state.group(replica), state.groups.values())
+                stalled = stalls_at(waited, state.group(replica), usual)
                 changes.add_before(stalled, GroupState.STALLED, instead_of=WORKING)
 
     def _group(self, state: RunState, group: Group) -> None:

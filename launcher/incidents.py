@@ -45,6 +45,14 @@ class Sign:
     source: Source | None = None
     requeues: bool = False
     """Whether the group's own launcher asked Slurm to requeue it: no person did."""
+    line: str = ""
+    """The line as it was read, at most 500 characters; empty where none says it."""
+    error: bool = False
+    """Whether it is an error of the process itself, and not what others made of it."""
+    rank: int | None = None
+    """Rank whose line it is, where that is known."""
+    root: bool = False
+    """Whether torchrun names that rank as the root cause."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,6 +71,8 @@ class Incident:
     detail: str = ""
     """The line that names the cause, where that says more than the cause itself."""
     first_sign: float
+    opened_at: float = 0.0
+    """When it was first known of; by default the first sign."""
     detected_at: float | None = None
     """First quorum without the group, or with its next copy already. Of the lighthouse: more than
     half of the groups could not reach it, or it was started again."""
@@ -136,20 +146,52 @@ class Incident:
         others = (Cause.HANG, Cause.LIGHTHOUSE_LOST, Cause.NODE_UNREACHABLE)
         return any(s.weight != 3 and s.cause not in others and s.t < by for s in self.evidence)
 
+    def __post_init__(self) -> None:
+        self.opened_at = self.opened_at or self.first_sign
+
+    def others_noticed(self, t: float) -> None:
+        """Take ``t`` for the first sign while nothing tells of its end: the others failed to commit,
+        or asked for a quorum that it did not join."""
+        if not self.evidence:
+            self.first_sign = min(self.first_sign, t)
+
     def explain(self, signs: list[Sign]) -> None:
         """Take in signs; the heaviest of all names the cause."""
         for sign in signs:
-            if sign not in self.evidence and len(self.evidence) < MOST_SIGNS:
-                self.evidence.append(sign)
-                self.first_sign = min(self.first_sign, sign.t)
+            if sign in self.evidence:
+                continue
+            if len(self.evidence) >= MOST_SIGNS:
+                # The first ones tell most, but not more than a heavier one.
+                last = min(reversed(self.evidence), key=lambda kept: kept.weight)
+                if last.weight >= sign.weight:
+                    continue
+                self.evidence.remove(last)
+            self.evidence.append(sign)
         if self.evidence:
+            self.first_sign = min([self.opened_at, *(sign.t for sign in self.evidence)])
             counted = self.evidence
             if any(sign.requeues for sign in self.evidence):
                 counted = [sign for sign in self.evidence if sign.cause is not Cause.REQUEUED]
             main = min(counted, key=lambda sign: (-sign.weight, sign.t))
             self.cause = main.cause
             self.detail = main.text if main.cause in _DETAILED else ""
+            if main.cause is Cause.CRASH:
+                self.detail = self._first_error(main)
 
+    def _first_error(self, main: Sign) -> str:
+        """Of a crash the first error of the rank that torchrun blames (else of any): what is said
+        later, a collective that fails for example, is a consequence."""
+        errors = [s for s in self.evidence if s.error and s.cause is Cause.CRASH]
+        blamed = {s.rank for s in self.evidence if s.root}
+        errors = [s for s in errors if s.rank in blamed] or errors
+        if not errors:
+            return main.text
+        first = min(errors, key=lambda s: (s.t, s.source.offset if s.source else 0))
+        return main.text if first.text[:_SAME] in main.text else first.text
+
+
+#: Characters of an error by which it is found again in what the launcher says of the end.
+_SAME = 60
 
 _DETAILED = frozenset(
     {Cause.UNFIT_NODE, Cause.CRASH, Cause.OUT_OF_MEMORY, Cause.UNKNOWN, Cause.HANG}
@@ -161,9 +203,12 @@ _DUE = {
     "PREEMPTION": Cause.PREEMPTED,
     "TIME LIMIT": Cause.TIME_LIMIT,
     "JOB REQUEUE": Cause.REQUEUED,
+    "TASK FAILURE": Cause.CRASH,
 }
 
 
+#: What torchrun itself raises when one of its ranks has failed, or it was told to end.
+_TORCHRUNS = re.compile(r"(?:[\w.]+\.)?(?:ChildFailedError|SignalException)\b")
 #: In a reason for which a group ended: it had no memory left.
 _NO_MEMORY = re.compile(r"out of memory|OutOfMemory|allocate memory|MemoryError|bad_alloc", re.I)
 
@@ -175,24 +220,40 @@ def sign_of(event: Event) -> Sign | None:
         due = event.get("due")
         cause = Cause.CANCELLED if due is None else _DUE.get(str(due), Cause.UNKNOWN)
         return _sign(event, 9, cause, f"Slurm: due to {str(due).lower()}" if due else "scancel")
+    if event.kind == "node_failed":
+        return _sign(event, 9, Cause.NODE_DOWN, f"Slurm: node {event.get('host')} failed")
     if event.kind == "kill_request":
         return _sign(event, 8, Cause.KILL_REQUEST, text)
-    if event.kind == "out_of_memory":
-        return _sign(event, 7, Cause.OUT_OF_MEMORY, text)
-    if event.kind == "xid":
-        return _sign(event, 7, Cause.CRASH, f"Xid {event.get('xid')} on GPU {event.get('gpu')}")
-    if event.kind == "device_error":
-        return _sign(event, 7, Cause.CRASH, text)
-    if event.kind == "exit" and int(event.get("code", 1)) != 0:
+    if event.kind == "exit" and event.get("code", 1) != 0:
         requeues = event.get("next") == Next.ELSEWHERE.value
         return replace(_exit_sign(event, str(event.get("reason", ""))), requeues=requeues)
     if event.kind == "action" and event.get("action") == "requeue":
         text = f"its launcher was killed: {event.get('why')}"
         return _sign(event, 1, Cause.CRASH, text)
+    return _own_words(event, text)
+
+
+def _own_words(event: Event, text: str) -> Sign | None:
+    """What the group's processes, torchrun and srun say."""
+    if event.kind == "out_of_memory":
+        return _sign(event, 7, Cause.OUT_OF_MEMORY, text)
+    if event.kind == "xid":
+        text = f"Xid {event.get('xid')} on GPU {event.get('gpu')}"
+        return replace(_sign(event, 7, Cause.CRASH, text), error=True)
+    if event.kind == "device_error":
+        return replace(_sign(event, 7, Cause.CRASH, text), error=True)
     if event.kind == "rank_failed":
-        return _sign(event, 4, Cause.CRASH, f"a rank exited with code {event.get('exit_code')}")
-    if event.kind == "exception":
-        return _sign(event, 3, Cause.CRASH, text)
+        which = "a rank" if event.get("rank") is None else f"rank {event.get('rank')}"
+        text = text or f"{which} exited with code {event.get('exit_code')}"
+        return _sign(event, 4, Cause.CRASH, text)
+    if event.kind == "task_failed":
+        text = f"task {event.get('task')} on {event.get('host')}: {text}"
+        # One that was killed may have been so by srun itself, which was told to end.
+        return _sign(event, 1 if text.endswith(": Killed") else 4, Cause.CRASH, text)
+    if event.kind in ("exception", "fatal", "nccl_error"):
+        # torchrun's own exceptions tell of a rank's, and NCCL warns of much that comes to nothing.
+        own = event.get("warning") is None and not _TORCHRUNS.match(text)
+        return replace(_sign(event, 3, Cause.CRASH, text), error=own)
     return None
 
 
@@ -240,6 +301,7 @@ def restart_sign(event: Event) -> Sign:
         cause=Cause.LIGHTHOUSE_LOST,
         text=text,
         source=event.source,
+        line=event.line,
     )
 
 
@@ -273,4 +335,13 @@ def same_process_sign(t: float, source: Source | None) -> Sign:
 
 
 def _sign(event: Event, weight: int, cause: Cause, text: str) -> Sign:
-    return Sign(t=event.t, weight=weight, cause=cause, text=text, source=event.source)
+    return Sign(
+        t=event.t,
+        weight=weight,
+        cause=cause,
+        text=text,
+        source=event.source,
+        line=event.line,
+        rank=event.get("rank"),
+        root=bool(event.get("root")),
+    )

@@ -126,8 +126,10 @@ class LighthouseDir:
         # Damaged: what the log of the run says, as far as it is kept.
         log = self._run(self.claimed_by() or 0).lighthouse_log
         found = [0]
-        with contextlib.suppress(OSError):
-            found += map(int, re.findall(rb"Quorum! Quorum \{ quorum_id: (\d+),", log.read_bytes()))
+        for name in (log.name, f"{log.name}.full", f"{log.name}.1"):
+            with contextlib.suppress(OSError):
+                kept = log.with_name(name).read_bytes()
+                found += map(int, re.findall(rb"Quorum! Quorum \{ quorum_id: (\d{1,15}),", kept))
         return min(max(found), MOST_QUORUMS)
 
     def remember_quorum_id(self, quorum_id: int) -> None:

@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 from rich.live import Live
 
+from launcher.interrupts import stop_on_signals
 from launcher.monitor import await_start, conclude, line, looks
 from launcher.outlets import Outlets
 from launcher.rundir import RunDir
@@ -29,12 +30,13 @@ def follow_live(
         CriticalError: the run ended without having finished, or did not start.
         BlindError: at the end, a source could not be read.
     """
-    console = console or Console(highlight=False, markup=False)
+    console = console or Console(highlight=False, markup=False, emoji=False)
     await_start(run, say=console.print, slurm=slurm)
     draw_after = 0.0
     with Watcher.of_run(run, slurm) as watcher:
         watcher.witness = Witness(run)
         with (
+            stop_on_signals(),  # the terminal gets its cursor back
             outlets.delivering(run, say=console.print) as delivery,
             Live(console=console, auto_refresh=False, transient=True) as live,
         ):

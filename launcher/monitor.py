@@ -21,6 +21,7 @@ from launcher.snapshot import as_data
 from launcher.state import Notice, RunState
 from launcher.watcher import ASK_EVERY, Watcher
 from launcher.witness import Witness
+from launcher.words import clean, clock
 
 #: Seconds between two looks at the logs.
 LOOK_EVERY = 0.3
@@ -44,7 +45,11 @@ def choose(outputs: Outputs, name: str | None, slurm: Slurm) -> RunDir:
     """
     if name is not None:
         number = name.removeprefix("tft-")
-        if number.isdigit() and not outputs.run_of_array(int(number)).path.is_dir():
+        if (
+            number.isdecimal()
+            and number.isascii()
+            and not outputs.run_of_array(int(number)).path.is_dir()
+        ):
             with contextlib.suppress(BlindError):
                 if any(job.live for job in slurm.jobs(int(number))):
                     return outputs.run_of_array(int(number))
@@ -247,13 +252,13 @@ def once(
         story: whether to tell what happened, and not only how it stands.
     """
     notices = watcher.look(final=True)
-    findings = watcher.findings(watcher.present)
+    findings = watcher.findings(watcher.present, over=watcher.live_tasks == 0)
     if as_json:
         say(json.dumps(as_data(watcher.state, findings), indent=2, allow_nan=False))
     else:
         for text in [line(notice) for notice in notices] if story else []:
             say(text)
-        for text in plain(watcher, name, watcher.present):
+        for text in plain(watcher, name, watcher.present, findings):
             say(text)
     if watcher.blind:
         return BlindError.exit_code
@@ -262,4 +267,4 @@ def once(
 
 
 def line(notice: Notice) -> str:
-    return f"{time.strftime('%H:%M:%S', time.localtime(notice.t))}  {notice.text}"
+    return f"{clock(notice.t)}  {clean(notice.text)}"

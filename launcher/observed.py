@@ -13,7 +13,7 @@ from launcher.incidents import SIGN_WINDOW, Cause, Incident, Sign, unreachable_s
 from launcher.lighthouse_log import Waiting
 from launcher.model import GroupState
 from launcher.slurm import Job, Node
-from launcher.stalls import silent, stalls_at
+from launcher.stalls import patience, silent, stalls_at
 from launcher.weights import WeightLedger
 
 #: Incidents kept; older ones are only counted.
@@ -175,8 +175,9 @@ class Observed:
         events = []
         for group in self.groups.values():
             group.waiting = group.slurm_state = group.expected_start = ""
+        of_task = {group.task_index: group for group in self.groups.values()}
         for job in jobs:
-            known = None if job.task is None else self.group_of_task(job.task)
+            known = None if job.task is None else of_task.get(job.task)
             if known is None:
                 continue
             group = known
@@ -256,11 +257,12 @@ class Observed:
         words after every restart of the monitor, by the quorum that ends it.
         """
         stalled = [] if self.finished else silent(waiting, self.members, self.groups, now)
+        usual = patience(self.groups.values()) if stalled else 0.0
         for group in self.groups.values():
             if group.replica in stalled:
                 if group.state is not GroupState.STALLED:
                     group.before_stall = group.state
-                since = stalls_at(waiting, group, self.groups.values())
+                since = stalls_at(waiting, group, usual)
                 self.enter(group, GroupState.STALLED, since)
             elif group.state is GroupState.STALLED:
                 self.enter(group, group.before_stall, now)

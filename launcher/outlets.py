@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launcher import wandb_sink
-from launcher.findings import Severity
+from launcher.alarms import COOLDOWN, Alarm, Cooldown, Due, alarms
+from launcher.findings import Finding
 from launcher.model import KitError, UsageError
 from launcher.rundir import RunDir
 from launcher.sinks import Delivery, Sink, Update
@@ -23,8 +24,8 @@ from launcher.snapshot import incident_as_data, iso
 
 #: Seconds for one message to the webhook, and how often it is tried.
 WEBHOOK_SECONDS, WEBHOOK_TRIES = 5.0, 2
-#: Seconds in which the same thing is said to the webhook only once.
-COOLDOWN = 300.0
+#: Lines of one message to the webhook.
+WEBHOOK_LINES = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,21 +82,43 @@ class Outlets:
                 say(text)
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A finding that appeared or is gone."""
+
+    kind: str
+    finding: Finding
+
+    @property
+    def subject(self) -> str:
+        return self.finding.key
+
+
 class JsonLines:
-    """Every notice, and every change of an incident or finding, as a JSON line in a file."""
+    """Every notice, and every change of an incident or finding, as a JSON line in a file.
+
+    Notices and incidents are events, and a record of them is whole: none is held back. A finding
+    is a condition, which may come and go at every look: that is written once in a while.
+    """
 
     name = "events file"
 
-    def __init__(self, path: Path, run: str) -> None:
+    def __init__(self, path: Path, run: str, *, cooldown: float = COOLDOWN) -> None:
         try:
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UsageError(f"--events-to {path}: {error.strerror}; give another file") from error
+        self._cooldown: Cooldown[Change] = Cooldown(cooldown)
+        self._t = time.time()
         # A monitor tells the story from its start: what follows may have been told before.
-        self._write([{"t": iso(time.time()), "kind": "monitor", "run": run}])
+        self._write([{"t": iso(self._t), "kind": "monitor", "run": run}])
 
     def deliver(self, update: Update) -> None:
-        changed = [("appeared", f) for f in update.appeared] + [("gone", f) for f in update.gone]
+        self._t = update.t
+        changes = [
+            *(Change("appeared", finding) for finding in update.appeared),
+            *(Change("gone", finding) for finding in update.gone),
+        ]
         self._write(
             [
                 *({"t": iso(n.t), "kind": "notice", "text": n.text} for n in update.notices),
@@ -103,25 +126,30 @@ class JsonLines:
                     {"t": iso(update.t), **incident_as_data(i), "kind": "incident"}
                     for i in update.incidents
                 ),
-                *(
-                    {
-                        "t": iso(update.t),
-                        "kind": "finding",
-                        "change": change,
-                        "finding": finding.kind,
-                        "severity": finding.severity.value,
-                        "replica": finding.replica,
-                        "message": finding.message,
-                    }
-                    for change, finding in changed
-                ),
+                *map(self._finding, self._cooldown.pass_on(changes, update.t)),
             ]
         )
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._write(map(self._finding, self._cooldown.rest()))
+        finally:
+            self._file.close()
 
-    def _write(self, events: list[dict[str, Any]]) -> None:
+    def _finding(self, due: Due[Change]) -> dict[str, Any]:
+        finding = due.newest.finding
+        return {
+            "t": iso(self._t),
+            "kind": "finding",
+            "change": due.newest.kind,
+            "finding": finding.kind,
+            "severity": finding.severity.value,
+            "replica": finding.replica,
+            "message": finding.message,
+            **({"changes": due.kinds.total()} if due.since is not None else {}),
+        }
+
+    def _write(self, events: Iterable[dict[str, Any]]) -> None:
         try:
             self._file.writelines(json.dumps(event, allow_nan=False) + "\n" for event in events)
             self._file.flush()
@@ -142,37 +170,33 @@ class Webhook:
         cooldown: float = COOLDOWN,
         timeout: float = WEBHOOK_SECONDS,
     ) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not url.isprintable():
+        if not _is_http(url):
             raise UsageError(
                 "the webhook (--webhook, TFT_WEBHOOK) is not an http(s) address; it is a secret "
                 "and not shown here"
             )
         self._url = url
         self._run = run
-        self._cooldown = cooldown
+        self._cooldown: Cooldown[Alarm] = Cooldown(cooldown)
         self._timeout = timeout
-        self._sent: dict[str, float] = {}
-        self._held: Counter[str] = Counter()
+        self._t = 0.0
 
     def deliver(self, update: Update) -> None:
-        problem: KitError | None = None
-        for key, text in _messages(update):
-            if update.t - self._sent.get(key, float("-inf")) < self._cooldown:
-                self._held[key] += 1
-                continue
-            held = self._held.pop(key, 0)
-            more = f" ({held} more of these were held back before)" if held else ""
-            self._sent[key] = update.t
-            try:
-                self._post(f"{self._run}: {text}{more}")
-            except KitError as error:
-                problem = error
-        if problem is not None:
-            raise problem
+        self._t = update.t
+        self._tell(self._cooldown.pass_on(alarms(update), update.t))
 
     def close(self) -> None:
-        """Nothing is kept open."""
+        """Tell what was held back."""
+        self._tell(self._cooldown.rest())
+
+    def _tell(self, news: list[Due[Alarm]]) -> None:
+        """In one message: a node takes many groups along, and chats limit the messages a second."""
+        lines = [f"{self._run}: {due.newest.text}{due.summed_up(self._t)}" for due in news]
+        if len(lines) > WEBHOOK_LINES:
+            more = len(lines) - WEBHOOK_LINES
+            lines[WEBHOOK_LINES:] = [f"{self._run}: … and {more} more like these"]
+        if lines:
+            self._post("\n".join(lines))
 
     def _post(self, text: str) -> None:
         request = urllib.request.Request(  # noqa: S310 - the scheme was checked
@@ -190,27 +214,19 @@ class Webhook:
                 error.close()
             except TimeoutError:
                 problem = f"no answer within {self._timeout:g} s"
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 # The texts of these may hold the address.
                 reason = getattr(error, "reason", error)
-                problem = type(reason).__name__
+                problem = type(reason if isinstance(reason, Exception) else error).__name__
         raise KitError(problem)
 
 
-def _messages(update: Update) -> list[tuple[str, str]]:
-    """What is worth a message, each with the key of its cooldown."""
-    there = f"{len(update.members)} of {update.group_size} replica groups are in the quorum"
-    found = []
-    for i in update.lost:
-        where = f" on {i.where}" if i.where else ""
-        text = f"{i.who} LOST{where} at step {i.lost_at_step}: {i.why}; {there}"
-        found.append((f"lost:{i.replica}", text))
-    for i in update.recovered:
-        text = f"{i.who} RECOVERED at step {i.recovered_at_step}; {there}"
-        found.append((f"recovered:{i.replica}", text))
-    for f in update.appeared:
-        if f.severity is Severity.CRITICAL:
-            found.append((f.key, f"CRITICAL {f.kind}: {f.message}"))
-    if update.ended:
-        found.append(("ended", update.ended))
-    return found
+def _is_http(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        whole = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or half an IPv6 address
+        return False
+    # A space or a character beyond ASCII is refused by http.client in words that hold the address.
+    plain = url.isascii() and url.isprintable() and " " not in url
+    return plain and whole and parts.scheme in ("http", "https")

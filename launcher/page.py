@@ -53,7 +53,7 @@ body {
   "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums;
 }
 main { max-width: 1240px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 27px; line-height: 1.2; margin: 0; letter-spacing: -0.01em; }
+h1 { font-size: 27px; line-height: 1.2; margin: 0; letter-spacing: -0.01em; overflow-wrap: anywhere; }
 h2 { font-size: 17px; margin: 36px 0 10px; }
 p { margin: 6px 0; }
 .muted, small { color: var(--muted); font-size: 13px; }
@@ -61,9 +61,9 @@ p { margin: 6px 0; }
 .status.good { color: var(--good); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 19px; }
 .wide { overflow-x: auto; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 22px 0 12px; }
-.tile { padding: 12px 15px; }
-.tile b { display: block; font-size: 21px; line-height: 1.35; font-weight: 600; white-space: nowrap; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; margin: 22px 0 12px; }
+.tile { padding: 12px 13px; }
+.tile b { display: block; font-size: 20px; line-height: 1.4; font-weight: 600; white-space: nowrap; }
 .tile span { font-size: 13px; }
 .tile small { display: block; font-size: 12px; line-height: 1.35; margin-top: 3px; }
 dl { display: grid; grid-template-columns: max-content 1fr max-content 1fr; gap: 5px 18px; margin: 0; }
@@ -75,23 +75,27 @@ dd { margin: 0; overflow-wrap: anywhere; }
 svg { display: block; width: 100%; min-width: 760px; height: auto; overflow: visible; }
 svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", sans-serif !important; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; line-height: 1.4; }
-th { text-align: left; font-weight: 600; color: var(--muted); white-space: nowrap; vertical-align: bottom; }
-th, td { padding: 7px 9px; }
+th { text-align: left; font-weight: 600; color: var(--muted); vertical-align: bottom; }
+th, td { padding: 7px 8px; }
 td { vertical-align: top; border-top: 1px solid var(--line); }
 td.time { white-space: nowrap; }
 td.time small { display: block; font-size: 12px; }
-th.number, td.number { text-align: right; white-space: nowrap; }
-td.node { min-width: 84px; overflow-wrap: anywhere; }
-td.cause { min-width: 170px; overflow-wrap: anywhere; }
+th.number, td.number { text-align: right; }
+td.number { white-space: nowrap; }
+td.node { min-width: 84px; width: 18%; overflow-wrap: anywhere; }
+td.cause { min-width: 170px; width: 30%; overflow-wrap: anywhere; }
 td.cause div { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; }
 tr.more td { border-top: 0; padding-top: 0; padding-bottom: 10px; }
 tr:target td { background: color-mix(in srgb, var(--lost) 12%, transparent); }
 .mark { color: var(--lost); font-weight: 700; }
+.moments { display: flex; flex-wrap: wrap; gap: 2px 20px; margin-bottom: 4px; }
+.moments b { font-weight: 400; color: var(--muted); }
 summary { cursor: pointer; color: var(--muted); }
 ul.evidence { list-style: none; margin: 5px 0 0; padding: 8px 12px; background: var(--page); border-radius: 6px; }
 ul.evidence li { padding: 2px 0; overflow-wrap: anywhere; }
+ul.evidence code { display: block; white-space: pre-wrap; }
 code { font: 12px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
-ul.findings { list-style: none; margin: 0; padding: 0; }
+ul.findings { list-style: none; margin: 0; padding: 8px 19px; }
 ul.findings li { padding: 7px 0; overflow-wrap: anywhere; border-top: 1px solid var(--line); }
 ul.findings li:first-child { border-top: 0; }
 .badge { font-size: 11px; font-weight: 700; letter-spacing: 0.03em; text-transform: uppercase; margin-right: 8px; color: var(--muted); }
@@ -115,7 +119,8 @@ def html_page(digest: Digest, timeline: str, curves: str) -> str:
             f"<style>{STYLE}</style></head><body><main>",
             f"<h1>{title}</h1>",
             f'<p><span class="status{good}">{escape(digest.status)}</span>',
-            f'<span class="muted">as of {clock(digest.end, date=True)}</span></p>',
+            f'<span class="muted">as of {clock(digest.end, date=True)},',
+            f"times in {escape(digest.zone)}</span></p>",
             *_tiles(digest),
             *_facts(digest),
             "<h2>Timeline</h2>",
@@ -175,11 +180,11 @@ def _incidents(digest: Digest) -> Iterable[str]:
             f'<p class="muted">The newest {len(digest.incidents)}; {digest.incidents_left_out:,} '
             "older ones are in the report as JSON.</p>"
         )
-    names = [moment.name for moment in digest.incidents[0].moments]
+    names = [moment.name for moment in digest.incidents[0].moments if moment.main]
     yield '<div class="card wide"><table><thead><tr>'
     yield "<th>#</th><th>Replica</th><th>Node</th><th>Cause</th>"
     yield "".join(f"<th>{escape(name)}</th>" for name in names)
-    yield '<th class="number">Steps lost</th><th class="number">Survivor<br>stall</th>'
+    yield '<th class="number">Steps lost</th><th class="number">Survivor stall</th>'
     yield "</tr></thead><tbody>"
     dated = digest.end - digest.start > DAY
     opened = " open" if len(digest.incidents) <= MOST_OPEN else ""
@@ -196,35 +201,59 @@ def _incident(incident: IncidentText, opened: str, dated: bool, columns: int) ->
         f'<td class="cause"><div title="{cause}">{cause}</div></td>'
     )
     for moment in incident.moments:
-        yield _moment(moment, dated)
+        if moment.main:
+            yield _moment(moment, dated)
     yield f'<td class="number">{incident.steps_lost:,}</td>'
     yield f'<td class="number">{escape(incident.survivor_stall)}</td></tr>'
+    between = [moment for moment in incident.moments if not moment.main and moment.t is not None]
+    if between or incident.evidence:
+        yield f'<tr class="more"><td></td><td colspan="{columns - 1}">'
+        yield from _between(between)
+        yield from _evidence(incident, opened)
+        yield "</td></tr>"
+
+
+def _between(moments: Sequence[Moment]) -> Iterable[str]:
+    """What has no column of its own, in a line that breaks where it must."""
+    if not moments:
+        return
+    yield '<div class="moments">'
+    for moment in moments:
+        yield (
+            f"<span><b>{escape(moment.name)}</b> {clock(moment.t or 0.0)} "
+            f"<small>{escape(' · '.join(_notes(moment)))}</small></span>"
+        )
+    yield "</div>"
+
+
+def _evidence(incident: IncidentText, opened: str) -> Iterable[str]:
     if not incident.evidence:
         return
     count = len(incident.evidence) + incident.evidence_left_out
-    yield (
-        f'<tr class="more"><td></td><td colspan="{columns - 1}"><details{opened}>'
-        f'<summary>{plural(count, "line")} of evidence</summary><ul class="evidence">'
-    )
+    yield f"<details{opened}><summary>{plural(count, 'line')} of evidence</summary>"
+    yield '<ul class="evidence">'
     for line in incident.evidence:
+        code = f" <code>{escape(line.line)}</code>" if line.line else ""
         yield (
-            f"<li><span>{clock(line.t)}</span> <code>{escape(line.text)}</code> "
-            f"<small>{escape(line.cause)} · {escape(line.where)}</small></li>"
+            f"<li>{clock(line.t)} {escape(line.text)} "
+            f"<small>{escape(line.cause)} · {escape(line.where)}</small>{code}</li>"
         )
     if incident.evidence_left_out:
         yield f"<li><small>and {incident.evidence_left_out:,} more in the JSON</small></li>"
-    yield "</ul></details></td></tr>"
+    yield "</ul></details>"
 
 
 def _moment(moment: Moment, dated: bool) -> str:
     if moment.t is None:
         return f'<td class="time">{NOTHING}</td>'
-    notes = [] if moment.after is None else [f"+{seconds(moment.after)}"]
-    if dated and moment.after is None:
-        notes.append(clock(moment.t, date=True)[:10])
-    notes += [moment.note] if moment.note else []
-    lines = "".join(f"<small>{escape(note)}</small>" for note in notes)
+    day = [clock(moment.t, date=True)[:10]] if dated and moment.after is None else []
+    lines = "".join(f"<small>{escape(note)}</small>" for note in [*day, *_notes(moment)])
     return f'<td class="time">{clock(moment.t)}{lines}</td>'
+
+
+def _notes(moment: Moment) -> list[str]:
+    after = [] if moment.after is None else [f"+{seconds(moment.after)}"]
+    return [*after, moment.note] if moment.note else after
 
 
 def _findings(digest: Digest) -> Iterable[str]:

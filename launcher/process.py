@@ -33,7 +33,7 @@ def run(
     another one is given.
 
     Raises:
-        BlindError: the program is not there, or did not answer in ``timeout`` seconds.
+        BlindError: the program is not there, cannot be run, or did not answer in ``timeout`` seconds.
     """
     try:
         done = subprocess.run(
@@ -48,6 +48,8 @@ def run(
         )
     except FileNotFoundError as error:
         raise BlindError(f"{argv[0]} is not on this machine's PATH") from error
+    except OSError as error:
+        raise BlindError(f"{argv[0]} cannot be run: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
         raise BlindError(f"{argv[0]} did not answer within {timeout:g} s") from error
     return Completed(tuple(argv), done.returncode, done.stdout, done.stderr)

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-from launcher.digest import NOTHING, STATE_NAMES, Digest, Moment, data, digest
+from launcher.digest import NOTHING, STATE_NAMES, Digest, Evidence, Moment, data, digest
 from launcher.findings import Finding
 from launcher.history import History, Point
 from launcher.model import ReportFormat
@@ -33,7 +33,7 @@ def render(
         return json.dumps(data(manifest, state, findings), indent=2, allow_nan=False) + "\n"
     said = digest(manifest, state, history, findings, end)
     if shape is ReportFormat.MARKDOWN:
-        return "\n".join(_markdown(said, history)) + "\n"
+        return "\n".join(markdown(said, history)) + "\n"
     # A picture has a width, even of a run of which nothing has been seen yet.
     until = max(said.end, said.start + 1.0)
     return html_page(
@@ -43,10 +43,12 @@ def render(
     )
 
 
-def _markdown(said: Digest, history: History) -> Iterable[str]:
+def markdown(said: Digest, history: History) -> Iterable[str]:
+    """The report as text, line by line: tables for whoever reads or renders Markdown."""
     yield f"# Run {_escaped(said.run)}"
     yield ""
-    yield f"{_escaped(said.status)}, as of {clock(said.end, date=True)}"
+    as_of = f"as of {clock(said.end, date=True)}, times in {_escaped(said.zone)}"
+    yield f"{_escaped(said.status)}, {as_of}"
     yield from _table(["", ""], said.facts)
     yield from _table(
         ["figure", "value", "meaning"], [(f.name, f.value, f.meaning) for f in said.figures]
@@ -113,11 +115,23 @@ def _incidents(said: Digest) -> Iterable[str]:
     yield from _table(
         ["#", "time", "line", "points to", "read in"],
         [
-            (i.number, clock(line.t), line.text, line.cause, line.where)
+            (i.number, clock(line.t), _line(line), line.cause, line.where)
             for i in said.incidents
             for line in i.evidence
         ],
     )
+
+
+class _Markdown(str):
+    """Text that is escaped already."""
+
+    __slots__ = ()
+
+
+def _line(line: Evidence) -> _Markdown:
+    """What a line says, and the line itself below it."""
+    code = f"<br><code>{_escaped(line.line)}</code>" if line.line else ""
+    return _Markdown(_escaped(line.text) + code)
 
 
 def _moment(moment: Moment) -> str:
@@ -139,7 +153,11 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterable[
     yield "| " + " | ".join(header) + " |"
     yield "|" + " --- |" * len(header)
     for row in rows:
-        yield "| " + " | ".join(_escaped(str(cell)) for cell in row) + " |"
+        yield "| " + " | ".join(map(_cell, row)) + " |"
+
+
+def _cell(value: object) -> str:
+    return value if isinstance(value, _Markdown) else _escaped(str(value))
 
 
 def _escaped(text: str) -> str:

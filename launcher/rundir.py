@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -95,7 +96,9 @@ class RunDir:
     def number(self) -> int:
         """Array job id of the job that began it."""
         digits = self.name.removeprefix("tft-")
-        return int(digits) if digits.isdigit() else self.manifest().array_job_id
+        return (
+            int(digits) if digits.isascii() and digits.isdigit() else self.manifest().array_job_id
+        )
 
     @property
     def manifest_path(self) -> Path:
@@ -341,7 +344,7 @@ class Outputs:
             return []
         except OSError as error:
             raise BlindError(f"{self.torchft} cannot be read: {error.strerror}") from error
-        paths = (self.torchft / n for n in names if n[:4] == "tft-" and n[4:].isdigit())
+        paths = (self.torchft / name for name in names if re.fullmatch(r"tft-[0-9]+", name))
         return sorted((RunDir(path) for path in paths if path.is_dir()), key=_started)
 
     def find(self, name: str | None) -> RunDir:

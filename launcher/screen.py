@@ -39,15 +39,23 @@ _STYLE = {
 _SEVERITY = {Severity.CRITICAL: "bold red", Severity.WARNING: "yellow", Severity.INFO: "dim"}
 
 
-def plain(watcher: Watcher, name: str, now: float) -> list[str]:
-    """The screen as lines of text, with every replica group."""
+def plain(watcher: Watcher, name: str, now: float, found: list[Finding] | None = None) -> list[str]:
+    """The screen as lines of text, with every replica group, and the findings ``found``."""
     text = io.StringIO()
-    Console(file=text, width=PLAIN_WIDTH, highlight=False).print(view(watcher, name, now))
+    Console(file=text, width=PLAIN_WIDTH, highlight=False, emoji=False).print(
+        view(watcher, name, now, found=found)
+    )
     return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
 def view(
-    watcher: Watcher, name: str, now: float, *, width: int = PLAIN_WIDTH, height: int | None = None
+    watcher: Watcher,
+    name: str,
+    now: float,
+    *,
+    width: int = PLAIN_WIDTH,
+    height: int | None = None,
+    found: list[Finding] | None = None,
 ) -> Group:
     """The screen as it is at ``now`` (Unix seconds).
 
@@ -56,7 +64,7 @@ def view(
         height: its lines; replica groups that simply train are left out where they do not fit.
     """
     state = watcher.state
-    found = watcher.findings(now)
+    found = watcher.findings(now) if found is None else found
     around = [
         *(_incident(number, incident, now) for number, incident in _newest(state)),
         *(Text(text) for text in figure_lines(state)),
@@ -131,7 +139,7 @@ def _groups(watcher: Watcher, now: float, most: int | None) -> Table:
             Text(group.state.value, style=_STYLE[group.state]),
             ago(now - group.since) if group.since else "",
             clean(group.where),
-            str(group.attempt or ""),
+            str(group.attempts or ""),
             str(group.step),
             ago(now - group.last_commit) + " ago" if group.last_commit else "",
             str(group.failed_commits),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import queue
 import threading
 import time
@@ -29,7 +30,7 @@ QUEUE = 256
 HUNG_SECONDS = 30.0
 #: Seconds that all sinks together get to finish when the monitor ends.
 CLOSE_SECONDS = 25.0
-#: Older losses and recoveries are history that a monitor reads at its start, and no alarm.
+#: Losses and recoveries known for longer are history that a monitor reads at its start, no alarm.
 FRESH_SECONDS = 120.0
 #: Newest incidents that every update holds.
 MOST_HISTORY = 200
@@ -95,7 +96,7 @@ class Delivery:
         self._workers = [_Worker(sink) for sink in sinks]
         self._clock = clock
         self._findings: dict[str, Finding] = {}
-        self._incidents: dict[int, Incident] = {}
+        self._incidents: dict[_Kind, list[_Known]] = {}
 
     def deliver(
         self,
@@ -139,20 +140,24 @@ class Delivery:
         before, current = self._findings, {finding.key: finding for finding in findings}
         self._findings = current
         known, self._incidents = self._incidents, {}
-        changed, lost, recovered = [], [], []
+        history, changed, lost, recovered = [], [], [], []
         for incident in state.incidents:
-            old = known.get(id(incident))
-            if old is not None and _same(old, incident):
-                self._incidents[id(incident)] = old
+            old = _take_same(known, incident)
+            values = _values(incident)
+            same = old is not None and old.values == values
+            new = old if old is not None and same else _Known(incident, values)
+            self._incidents.setdefault(_kind(incident), []).append(new)
+            history.append(new.incident)
+            if new is old:
                 continue
-            copy = dataclasses.replace(incident, evidence=[])
-            self._incidents[id(incident)] = copy
-            changed.append(copy)
-            if old is None and now - copy.first_sign < FRESH_SECONDS:
-                lost.append(copy)
-            back = copy.recovered_at
-            if back is not None and (old is None or old.recovered_at is None):
-                recovered += [copy] if now - back < FRESH_SECONDS else []
+            changed.append(new.incident)
+            new.told = old is not None and old.told
+            if not new.told and (old is None or not _certain(old.incident)):
+                new.told = now - _known_at(incident) < FRESH_SECONDS
+                lost += [new.incident] if new.told else []
+            back = incident.recovered_at
+            if back is not None and (old is None or old.incident.recovered_at is None):
+                recovered += [new.incident] if now - back < FRESH_SECONDS else []
         times = [
             (i.recovered_at, i.recovered_at - i.lost_at)
             for i in state.incidents
@@ -173,7 +178,7 @@ class Delivery:
             gone=tuple(f for key, f in before.items() if key not in current),
             notices=tuple(notices),
             incidents=tuple(changed),
-            history=tuple(self._incidents.values())[-MOST_HISTORY:],
+            history=tuple(history[-MOST_HISTORY:]),
             lost=tuple(lost),
             recovered=tuple(recovered),
             causes=Counter(incident.cause.value for incident in state.incidents),
@@ -184,12 +189,67 @@ class Delivery:
         )
 
 
-def _same(old: Incident, new: Incident) -> bool:
-    return all(
-        getattr(old, field.name) == getattr(new, field.name)
-        for field in dataclasses.fields(Incident)
-        if field.name != "evidence"
-    )
+#: Replica group and kind of an incident.
+_Kind = tuple[int | None, str]
+
+
+class _Known:
+    """An incident as it was at the look before: a copy."""
+
+    def __init__(self, incident: Incident, values: tuple[object, ...]) -> None:
+        self.incident = dataclasses.replace(incident, evidence=[], boot=dict(incident.boot))
+        self.values = values
+        self.told = False
+        """Whether its beginning was news for the sinks."""
+
+
+def _kind(incident: Incident) -> _Kind:
+    return incident.replica, incident.kind
+
+
+def _take_same(known: dict[_Kind, list[_Known]], incident: Incident) -> _Known | None:
+    """Take out of ``known`` what was known of ``incident``.
+
+    An event that is read late may correct the whole story: the objects are others then, their
+    order too, and any of their times may be. What stays is that a replica group has one incident
+    of a kind at a time: those that overlap in time are one, each of them taken once and the
+    oldest first.
+    """
+    of_its_kind = known.get(_kind(incident), [])
+    for place, old in enumerate(of_its_kind):
+        if _overlap(old.incident, incident):
+            del of_its_kind[: place + 1]  # those before it are in the story no more
+            return old
+    return None
+
+
+def _overlap(one: Incident, other: Incident) -> bool:
+    return one.first_sign <= _end(other) and other.first_sign <= _end(one)
+
+
+def _end(incident: Incident) -> float:
+    return float("inf") if incident.recovered_at is None else incident.recovered_at
+
+
+def _certain(incident: Incident) -> bool:
+    """Whether it is known by more than its signs: the quorum lacks it, or its launcher told."""
+    return incident.detected_at is not None or incident.ended_at is not None
+
+
+def _known_at(incident: Incident) -> float:
+    """When it became known. Its first sign may be much older: a hang is waited for."""
+    told = [t for t in (incident.detected_at, incident.ended_at) if t is not None]
+    started = incident.started_at
+    return max(told) if told else incident.first_sign if started is None else started
+
+
+_FIELDS = [f.name for f in dataclasses.fields(Incident) if f.name not in ("evidence", "boot")]
+_simple = operator.attrgetter(*_FIELDS)
+
+
+def _values(incident: Incident) -> tuple[object, ...]:
+    """All that is told of an incident, to be compared at the next look."""
+    return (*_simple(incident), tuple(incident.boot.items()))
 
 
 class _Worker:

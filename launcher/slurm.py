@@ -342,14 +342,14 @@ def _task_name(task: str) -> str:
 
 
 def _job(line: str) -> Job:
-    parts = line.split("|", 6)
-    if len(parts) != 7:
-        raise BlindError(f"squeue printed a line that is not understood: {line!r}")
-    job_id, array, task, state, node, start, reason = (part.strip() for part in parts)
+    parts = [part.strip() for part in line.split("|", 6)]
+    if len(parts) != 7 or not re.fullmatch(r"[0-9]{1,18}", parts[0]):
+        raise BlindError(f"squeue printed a line that is not understood: {line[:200]!r}")
+    job_id, array, task, state, node, start, reason = parts
     return Job(
         job_id=int(job_id),
-        array_job_id=int(array) if array.isdigit() else int(job_id),
-        task=int(task) if task.isdigit() else None,
+        array_job_id=int(array) if array.isdecimal() else int(job_id),
+        task=int(task) if task.isdecimal() else None,
         state=state,
         node=node,
         reason=reason,

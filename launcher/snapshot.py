@@ -22,7 +22,7 @@ def as_data(state: RunState, findings: Sequence[Finding]) -> dict[str, Any]:
                 "state": group.state.value,
                 "step": group.step,
                 "failed_commits": group.failed_commits,
-                "attempts": group.attempt,
+                "attempts": group.attempts,
             }
             for group in sorted(state.groups.values(), key=lambda group: group.replica)
         ],

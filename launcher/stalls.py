@@ -40,12 +40,16 @@ def patience(groups: Iterable[Group]) -> float:
     return max(HANG_SECONDS, STALL_STEPS * usual)
 
 
-def stalls_at(waiting: Waiting, group: Group, groups: Iterable[Group]) -> float:
+def stalls_at(waiting: Waiting, group: Group, usual: float) -> float:
     """When a group that others wait for has stalled, unless it goes on before; never while nobody
-    waits."""
+    waits.
+
+    Args:
+        usual: the ``patience`` with its groups, seconds.
+    """
     if waiting.since is None:
         return math.inf
-    longest = FIRST_STEPS_SECONDS if group.warming else patience(groups)
+    longest = FIRST_STEPS_SECONDS if group.warming else usual
     late = LATE_SECONDS if group.progress_at else 0.0
     return max(waiting.since, group.progress_at) + longest + late
 
@@ -53,10 +57,10 @@ def stalls_at(waiting: Waiting, group: Group, groups: Iterable[Group]) -> float:
 def overdue(waiting: Waiting, groups: Iterable[Group], now: float) -> float | None:
     """Seconds that the next quorum has been waited for; None while that is no stall."""
     groups = list(groups)
-    if waiting.since is None or now < waiting.since + patience(groups):
+    if waiting.since is None or now < waiting.since + (usual := patience(groups)):
         return None
     awaited = [group for group in groups if group.replica not in waiting.requested]
-    if any(group.progress_at and now < stalls_at(waiting, group, groups) for group in awaited):
+    if any(group.progress_at and now < stalls_at(waiting, group, usual) for group in awaited):
         return None
     return now - waiting.since
 
@@ -66,10 +70,13 @@ def silent(
 ) -> list[int]:
     """Members of the quorum that others wait for: alive (the lighthouse forms a quorum without
     one whose heartbeats end), and not joining."""
+    if waiting.since is None:
+        return []
+    usual = patience(groups.values())
     return [
         replica
         for replica in members
         if replica not in waiting.requested
         and groups[replica].state not in _EXCUSED
-        and now >= stalls_at(waiting, groups[replica], groups.values())
+        and now >= stalls_at(waiting, groups[replica], usual)
     ]

@@ -12,30 +12,28 @@ from launcher.events import Event
 from launcher.groups import Group, replaced
 from launcher.incidents import (
     Cause,
-    Incident,
     Sign,
-    hang_sign,
-    left_out_sign,
     lighthouse_sign,
-    same_process_sign,
     sign_of,
 )
 from launcher.model import GroupState
 from launcher.observed import Notice
-from launcher.outages import Outages
+from launcher.quorums import Quorums
 from launcher.restarts import UNFIT
-from launcher.timeouts import HANG_SECONDS
 
 __all__ = ["Notice", "RunState"]
 
 #: Weight of the newest measurement in the moving mean of a group's own work.
 BUSY_WEIGHT = 0.2
+#: Causes that lie in the group's processes, and seconds after which a commit shows that an error was
+#: got over. (Rank 0 may commit the step before while another rank has run out of memory.)
+ITS_OWN, OVERCOME_SECONDS = frozenset({Cause.CRASH, Cause.OUT_OF_MEMORY}), 10.0
 #: Kinds that are told of a copy of a group by another, or when another one runs already.
 TOLD_OF_OTHERS = frozenset({"fenced", "stand_in", "action"})
 
 
 @dataclass(slots=True)
-class RunState(Outages):
+class RunState(Quorums):
     """Everything known of a run after some events."""
 
     events: int = 0
@@ -52,6 +50,8 @@ class RunState(Outages):
             return self._membership(event)
         if event.kind == "listening":
             return self._listening(event)
+        if event.kind in ("steps", "commit_failed"):
+            return self._from_quorum(event)
         if event.kind == "resize":
             return self.resize(int(event.get("replicas", self.size)), event.t)
         if event.kind in ("heartbeat_failed", "quorum_failed"):
@@ -66,87 +66,6 @@ class RunState(Outages):
             self._sign(group, sign)
         handler = getattr(self, f"_{event.kind}", None)
         return [] if handler is None else list(handler(group, event))
-
-    # -- the lighthouse's view -----------------------------------------------------
-
-    def _membership(self, event: Event) -> list[Notice]:
-        entries: list[tuple[int, str, int, str]] = event.fields["members"]
-        now: dict[int, str] = {}
-        self.second_copies = {}
-        steps: dict[int, int] = {}
-        for replica, uuid, step, _ in sorted(entries, key=lambda e: e[2]):
-            if replica in now:
-                self.second_copies.setdefault(replica, [now[replica]]).append(uuid)
-            now[replica], steps[replica] = uuid, step
-        self.count_time(event.t)
-        for group in self.groups.values():
-            # Measured in another quorum, with another load on network and nodes: not comparable.
-            group.busy_seconds, group.busy_samples = None, 0
-        before, self.members = self.members, now
-        self.quorum_id, self.quorum_since = event.fields["quorum_id"], event.t
-        top = max(steps.values(), default=0)
-        self.step = max(self.step, top)
-        outage = self.outage
-        changes = []
-        for replica in sorted(set(before) - set(now)):
-            if not self.group(replica).ended_ok:
-                lost = self._lost(event, replica, top)
-                lost.explain([left_out_sign(event.t, event.source)] if outage is not None else [])
-                changes.append(f"replica {replica} LOST")
-        for replica in sorted(now):
-            if before.get(replica) != now[replica]:
-                changes.append(self._joined(event, replica, before, steps[replica], top))
-        for replica, uuids in self.second_copies.items():
-            changes.append(f"replica {replica} is there {len(uuids)} times")
-        if outage is not None:
-            outage.rejoined_at = outage.rejoined_at or event.t
-        if len(now) >= self.size:
-            self.seen_full = True
-            for incident in self.incidents[-64:]:
-                if incident.rejoined_at is not None and incident.full_strength_at is None:
-                    incident.full_strength_at = event.t
-        size = f"{len(now)} of {self.size} replica groups"
-        what = f"; {', '.join(changes)}" if changes else ""
-        return [Notice(event.t, f"quorum {self.quorum_id} at step {top}: {size}{what}")]
-
-    def _lost(self, event: Event, replica: int, step: int) -> Incident:
-        group = self.group(replica)
-        incident = self.open(replica, event.t, step)
-        incident.detected_at = event.t
-        incident.rejoined_at = incident.healed_at = None  # it may be lost again before it was back
-        waited = event.get("waited")
-        if waited is not None and waited.since is not None and replica not in waited.requested:
-            since = max(waited.since, group.progress_at)
-            seconds = event.t - since
-            ended = incident.end_told(since + HANG_SECONDS)  # another one was waited for
-            if waited.requested and seconds > HANG_SECONDS and not ended:
-                incident.explain([hang_sign(since, seconds, event.source)])
-        if group.state not in (GroupState.STARTING, GroupState.REQUEUED):
-            self.enter(group, GroupState.LOST, event.t)
-        return incident
-
-    def _joined(
-        self, event: Event, replica: int, before: dict[int, str], step: int, top: int
-    ) -> str:
-        group = self.group(replica)
-        behind = step < top
-        self.enter(group, GroupState.HEALING if behind else GroupState.TRAINING, event.t)
-        incident = self.open_incident(replica)
-        if incident is None and replica in before:
-            # A new copy in place of the old one, with no quorum in between.
-            incident = self.open(replica, event.t, top)
-            incident.detected_at = event.t
-            if group.attempt > 1:
-                incident.started_at, incident.boot = group.launched_at, group.boot
-        if incident is not None:
-            incident.rejoined_at = incident.rejoined_at or event.t
-            if incident.detected_at is None and replica in before:
-                incident.detected_at = event.t
-            group.reached("quorum", event.t)
-            same = incident.started_at is None and incident.lost_uuid == self.members[replica]
-            if same and incident.cause is not Cause.LIGHTHOUSE_LOST:
-                incident.explain([same_process_sign(incident.lost_at, event.source)])
-        return f"replica {replica} joined" + (" (behind: will heal)" if behind else "")
 
     # -- a replica group's own view: one method a kind of event ----------------------
 
@@ -209,6 +128,12 @@ class RunState(Outages):
             group.reached("model", event.t)
         return ()
 
+    def _quorum(self, group: Group, event: Event) -> Iterable[Notice]:
+        """Said by a rank; all that is known of quorums where the lighthouse's log is not at hand."""
+        if not self.members:
+            self.quorum_id = int(event.get("quorum_id", self.quorum_id))
+        return ()
+
     def _healing(self, group: Group, event: Event) -> Iterable[Notice]:
         if int(event.get("max_step", 0)) > 0:
             self.enter(group, GroupState.HEALING, event.t)
@@ -240,10 +165,12 @@ class RunState(Outages):
         if int(event.get("rank", 0)) != 0:
             return
         step, t = int(event.get("step", 0)), event.t
+        group.tells = group.tells or not event.get("inferred")
         group.uuid = str(event.get("uuid") or self.members.get(group.replica, ""))
         if not event.get("committed"):
             group.failed_commits += 1
             group.failed_since_commit += 1
+            group.failed_at = group.failed_at or t
             yield Notice(t, f"replica {group.replica} failed to commit step {step}")
             return
         group.commits += 1
@@ -254,14 +181,20 @@ class RunState(Outages):
         self._pause(group, t)
         yield from self._lighthouse_serves(group, t)
         group.last_commit, group.failed_since_commit, group.requeues = t, 0, 0
+        group.failed_at = None
         # It got over the errors it logged; only what comes from outside still counts.
         group.signs = [
             sign
             for sign in group.signs
-            if sign.weight > 3 and sign.cause is not Cause.LIGHTHOUSE_LOST
+            if sign.weight > 3
+            and sign.cause is not Cause.LIGHTHOUSE_LOST
+            and (sign.cause not in ITS_OWN or t - sign.t < OVERCOME_SECONDS)
         ]
         incident = self.open_incident(group.replica)
-        if incident is not None and (incident.started_over or group.step < incident.lost_at_step):
+        again = incident is not None and (incident.started_at or incident.rejoined_at)
+        if incident is not None and not again:
+            pass  # the last words of the copy that was lost, from a clock that is ahead of others
+        elif incident is not None and (incident.started_over or group.step < incident.lost_at_step):
             if not incident.started_over:
                 incident.started_over = True
                 yield Notice(
@@ -341,6 +274,7 @@ class RunState(Outages):
         last = self.steps is not None and int(event.get("titan_step") or 0) >= self.steps
         if last or event.get("code") == 0:
             group.ended_ok = True
+            self._is_done(group, event.t)
         return ()
 
     def _leave(self, group: Group, event: Event) -> Iterable[Notice]:

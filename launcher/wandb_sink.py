@@ -7,10 +7,12 @@ module is that child.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import netrc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ import urllib.parse
 from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
+from launcher.alarms import COOLDOWN, Alarm, Cooldown, Due, alarms
 from launcher.environment import wandb_project, wandb_run_id, wandb_switch
 from launcher.incidents import Incident
 from launcher.lock import acquire
@@ -31,6 +34,14 @@ from launcher.snapshot import incident_as_data
 LOG_EVERY = 10.0
 #: Seconds that the child gets to begin, to upload the rest, and to be gone.
 INIT_SECONDS, FINISH_SECONDS, END_SECONDS = 30, 10, 20.0
+#: What becomes an alert there. Findings have a row in the figures; the webhook tells of them.
+ALERTS = frozenset({"lost", "recovered", "ended early"})
+#: Most characters of an alert's title that W&B takes.
+TITLE = 63
+
+
+#: Variables whose value nobody is to see.
+SECRETS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN")
 
 
 def wanted(env: Mapping[str, str]) -> bool:
@@ -65,15 +76,26 @@ class Controller:
     name = "W&B"
 
     def __init__(
-        self, manifest: Manifest, env: Mapping[str, str], *, folder: str, lock: IO[str] | None
+        self,
+        manifest: Manifest,
+        env: Mapping[str, str],
+        *,
+        folder: str,
+        lock: IO[str] | None,
+        cooldown: float = COOLDOWN,
     ) -> None:
         self.run_id = wandb_run_id(manifest, "controller")
         self._created = manifest.created
         self._lock = lock
+        self._cooldown: Cooldown[Alarm] = Cooldown(cooldown)
+        self._t = self._created
         self._logged_at = float("-inf")
+        self._places: dict[str, Any] = {}
+        self._secrets = [value for name in SECRETS if (value := env.get(name, ""))]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         child_env = {name: value for name, value in env.items() if name != "TFT_WEBHOOK"}
         child_env |= {"WANDB_SILENT": "true"} | ({"WANDB_DIR": folder} if folder else {})
+        child_env.setdefault("WANDB_ERROR_REPORTING", "false")
         self._child = subprocess.Popen(
             [sys.executable, "-m", "launcher.wandb_sink"],
             stdin=subprocess.PIPE,
@@ -98,6 +120,7 @@ class Controller:
                 "config_file": manifest.config,
                 "script": [manifest.script, *manifest.script_args] if manifest.script else None,
                 "versions": manifest.versions,
+                "controller": {"node": socket.gethostname()},
                 "slurm": {
                     "array_job_id": manifest.array_job_id,
                     "submitted_by": manifest.submitted_by,
@@ -108,23 +131,33 @@ class Controller:
         }
 
     def deliver(self, update: Update) -> None:
+        self._t = update.t
         if not self._started:
             self._started = True
             self._send(init=self._init)
+        if (places := _places(update)) != self._places:
+            self._places = places
+            self._send(config={"replicas": places})
         if update.news or update.t - self._logged_at >= LOG_EVERY:
             self._logged_at = update.t
             rows = _table(update.history) if update.incidents else []
             self._send(log=figures(update), step=self._step(update.t), rows=rows)
-        for title, text in _alerts(update):
-            self._send(alert={"title": title, "text": text})
+        news = (alarm for alarm in alarms(update) if alarm.kind in ALERTS)
+        self._alert(self._cooldown.pass_on(news, update.t))
+
+    def _alert(self, news: Iterable[Due[Alarm]]) -> None:
+        for due in news:
+            text = f"{due.newest.text}{due.summed_up(self._t)}"
+            self._send(alert={"title": due.newest.title[:TITLE], "text": text})
 
     def close(self) -> None:
         """End the child; it has a limited time to upload what it still has."""
-        try:
+        # Where the child is gone already, its exit code will tell.
+        with contextlib.suppress(KitError):
+            self._alert(self._cooldown.rest())
+        with contextlib.suppress(OSError):
             if self._child.stdin is not None:
                 self._child.stdin.close()
-        except OSError:
-            pass  # it is gone already, as its exit code will tell
         try:
             code = self._child.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -152,9 +185,12 @@ class Controller:
             raise KitError(self._why()) from None
 
     def _why(self) -> str:
-        """The child's last words."""
+        """The child's last words, without a secret that W&B may have put into them."""
         self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        text = self._errors.read().decode(errors="replace").strip()
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        lines = text.splitlines()
         return lines[-1][:200] if lines else f"ended with code {self._child.poll()}"
 
 
@@ -178,22 +214,17 @@ def _table(incidents: Iterable[Incident]) -> list[dict[str, Any]]:
     return [{**incident_as_data(incident), "host": incident.where} for incident in incidents]
 
 
-def _alerts(update: Update) -> list[tuple[str, str]]:
-    there = f"{len(update.members)} of {update.group_size} replica groups are in the quorum"
-    return [
-        *(
-            (
-                f"{i.who} lost",
-                f"At step {i.lost_at_step}{f' on {i.where}' if i.where else ''}: {i.why}; {there}",
-            )
-            for i in update.lost
-        ),
-        *(
-            (f"{i.who} recovered", f"At step {i.recovered_at_step}; {there}")
-            for i in update.recovered
-        ),
-        *([("run ended early", update.ended)] if update.ended else []),
-    ]
+def _places(update: Update) -> dict[str, Any]:
+    """Where each replica group runs, and which of its attempts that is."""
+    return {
+        str(group.replica): {
+            "node": ", ".join(group.nodes) or group.host,
+            "attempt": group.attempt,
+            "array_task": group.task_index,
+        }
+        for group in update.groups
+        if group.attempt
+    }
 
 
 def main() -> None:
@@ -230,8 +261,11 @@ def main() -> None:
                 data = [list(entry.values()) for entry in message["rows"]]
                 row["tft/incidents_table"] = wandb.Table(columns=columns, data=data)
             run.log(row, step=message["step"])
+        elif "config" in message:
+            run.config.update(message["config"], allow_val_change=True)
         elif "alert" in message:
-            run.alert(**message["alert"])
+            # Equal titles within a minute are dropped there in silence; ours have a cooldown here.
+            run.alert(**message["alert"], wait_duration=1)
     run.finish()
     if late:
         print(late, file=sys.stderr, flush=True)

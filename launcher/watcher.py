@@ -14,7 +14,7 @@ from launcher.events import Event
 from launcher.findings import Finding, Snapshot, judge
 from launcher.folding import Fold
 from launcher.lighthouse_log import LighthouseReader, Waiting
-from launcher.model import BlindError, GroupState
+from launcher.model import BlindError, GroupState, UsageError
 from launcher.rundir import RunDir
 from launcher.scheduler import Scheduler
 from launcher.slurm import Job, Node
@@ -88,8 +88,17 @@ class Watcher:
 
     @classmethod
     def of_run(cls, run: RunDir, slurm: Scheduler | None = None) -> Watcher:
-        """Watch a run of ours by everything in its directory."""
+        """Watch a run of ours by everything in its directory.
+
+        Raises:
+            UsageError: it has not started, or its folder was renamed.
+        """
         manifest = run.manifest()
+        if manifest.run != run.name:
+            raise UsageError(
+                f"{run.path} holds the run {manifest.run}, whose files have its name: give the folder "
+                "that name again"
+            )
 
         def state() -> RunState:
             return RunState(
@@ -168,6 +177,12 @@ class Watcher:
                 continue
             reached[behind] = max(reached[behind], self._hold(log, offset, block))
             notices += self._fold_until(min(reached[key] for key in unread))
+        for log in self._logs if final else ():
+            self._hold_rest(log)
+        for log in self._logs if final else ():
+            newest = log.reader.newest if isinstance(log.reader, LighthouseReader) else None
+            if newest and any(not self.state.group(r).tells for r, _ in newest.fields["steps"]):
+                self._put_in_line(newest)
         return notices + self._fold_until(float("inf") if final else time.time() - SETTLE)
 
     def _read_all_again(self, *, final: bool) -> list[Notice]:
@@ -198,12 +213,28 @@ class Watcher:
     def _hold(self, log: Log, offset: int, block: bytes) -> float:
         """Put the events of a block in line, in order of time; returns the latest time."""
         latest = float("-inf")
+        if log.taken is not None and log.taken[0] == offset:
+            block = block.removeprefix(log.taken[1] + b"\n")  # its first line is read already
+            offset += len(log.taken[1]) + 1
+            log.taken = None
+        log.reader.file = log.tail.current
         for event in log.reader.read(offset, block):
             log.events += 1
             latest = max(latest, event.t)
             if log.wanted(event):
                 self._put_in_line(event)
         return latest
+
+    def _hold_rest(self, log: Log) -> None:
+        """Take a last line without a newline, if it is whole: its writer was killed."""
+        rest = log.tail.rest()
+        if rest is None or rest == log.taken:
+            return
+        offset, line = rest
+        cut_off = b"Quorum! " in line and b"created: " not in line
+        if not (isinstance(log.reader, LighthouseReader) and cut_off):
+            self._hold(log, offset, line + b"\n")
+            log.taken = rest
 
     def _put_in_line(self, event: Event) -> None:
         # While others come, one from a clock that is ahead does not wait until then.
@@ -219,8 +250,13 @@ class Watcher:
             self.on_event(self.state, event)
         return notices
 
-    def findings(self, now: float | None = None) -> list[Finding]:
-        """What is wrong; ``now`` defaults to the present."""
+    def findings(self, now: float | None = None, *, over: bool = False) -> list[Finding]:
+        """What is wrong; ``now`` defaults to the present.
+
+        Args:
+            over: whether that Slurm has no task left counts as the run's end. (A moment later a
+                follower would know.)
+        """
         return judge(
             Snapshot(
                 state=self.state,
@@ -229,6 +265,8 @@ class Watcher:
                 blind=self.blind,
                 lines={str(log.tail.path): (log.reader.lines, log.events) for log in self._logs},
                 job=str(self._run.number) if self._run else "<job>",
+                over=over,
+                tasks={job.task: job.name for job in self.jobs if job.task is not None},
             )
         )
 

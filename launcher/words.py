@@ -19,6 +19,24 @@ def clock(t: float, *, date: bool = False) -> str:
     return datetime.datetime.fromtimestamp(t).strftime("%Y-%m-%d %H:%M:%S" if date else "%H:%M:%S")
 
 
+def zone(start: float, end: float) -> str:
+    """Which zone the local times between two moments (Unix seconds) are in: ``UTC+01:00 (CET)``.
+
+    Both of them where the clocks were changed in between.
+    """
+    first, last = (_zone(datetime.datetime.fromtimestamp(t).astimezone()) for t in (start, end))
+    return first if first == last else f"{first}, at the end {last}"
+
+
+def _zone(local: datetime.datetime) -> str:
+    offset, name = local.strftime("%z"), local.tzname() or ""
+    offset = f"UTC{offset[:3]}:{offset[3:5]}"
+    if name == "UTC":
+        return name
+    # (Some zones have no name but their offset.)
+    return f"{offset} ({name})" if name.isalpha() else offset
+
+
 def seconds(value: float) -> str:
     """A duration in the two units that say most."""
     if value < 59.95:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.distributed import ReduceOp
 from torchtitan.components.ft import FTManager
-from torchtitan.components.metrics import BaseLogger, MetricsProcessor
+from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model import BaseModelArgs
@@ -33,8 +33,8 @@ class ReplicaMetricsProcessor(MetricsProcessor):
     def __init__(
         self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None
     ) -> None:
+        tracking.adapt()
         super().__init__(job_config, parallel_dims, tag)
-        self.logger: BaseLogger = tracking.guard(self.logger)
 
     def log(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import socket
 import socketserver
 import time
 
@@ -15,7 +17,7 @@ from launcher.rundir import RunDir
 from launcher.sinks import Delivery
 from launcher.state import RunState
 from tests.conftest import REPOSITORY
-from tests.unit.test_sinks import SECRET, run, story, updates
+from tests.unit.telling import SECRET, run, story, updates
 from tests.wandb_file import config_of, records
 
 __all__ = ["run", "story"]
@@ -47,6 +49,11 @@ def test_the_controllers_run_in_wandb_over_two_monitors(run: RunDir, story: list
         assert (start.run_group, start.job_type) == (run.name, "controller")
         config = config_of(found)
         assert config["slurm"]["array_job_id"] == manifest.array_job_id
+        assert config["controller"] == {"node": socket.gethostname()}
+        assert config["replicas"] == {
+            "0": {"node": "worker-0", "attempt": 1, "array_task": 0},
+            "1": {"node": "worker-1", "attempt": 2, "array_task": 1},
+        }
         assert config["versions"] == manifest.versions
         rows = [
             {(*i.nested_key, i.key)[0]: json.loads(i.value_json) for i in r.history.item}
@@ -62,6 +69,41 @@ def test_the_controllers_run_in_wandb_over_two_monitors(run: RunDir, story: list
         alerts = [r.alert.title for r in found if r.HasField("alert")]
         assert alerts == ["replica 1 lost", "replica 1 recovered"]
         assert SECRET.encode() not in path.read_bytes()
+
+
+def test_alerts_in_wandb_are_held_back_and_summed_up(run: RunDir, story: list[Event]) -> None:
+    (update,) = (update for update in updates(story) if update.lost)
+    controller = wandb_sink.open_controller(run, wandb_environment(WANDB_MODE="offline"))
+    assert controller is not None
+    update = dataclasses.replace(update, appeared=(), notices=())
+    for t in (0, 10, 20, 300, 301):
+        lost = () if t == 300 else update.lost
+        controller.deliver(dataclasses.replace(update, t=update.t + t, lost=lost))
+    controller.close()
+    (path,) = (run.path / "wandb").glob("offline-run-*/*.wandb")
+    alerts = [r.alert for r in records(path) if r.HasField("alert")]
+    assert {alert.title for alert in alerts} == {"replica 1 lost"}
+    first, *others = (alert.text for alert in alerts)
+    assert others == [
+        f"{first} (told of the last 290 s together: lost 2 times)",
+        f"{first} (told of the last 0 s together: lost 1 time)",
+    ]
+    assert {alert.wait_duration for alert in alerts} == {1000}, "W&B drops equal ones of a minute"
+
+
+def test_what_wandb_says_of_its_failure_holds_no_key(run: RunDir) -> None:
+    key = "not-to-be-seen"  # too short: W&B says so, and is then on disk
+    controller = wandb_sink.open_controller(
+        run, wandb_environment(WANDB_API_KEY=key, WANDB_BASE_URL="http://127.0.0.1:9")
+    )
+    assert controller is not None
+    controller._errors.write(f"bad key {key}".encode())
+    assert controller._why() == "bad key ***"
+    delivery = Delivery([controller])
+    delivery.deliver(RunState(2), [], [], blind=False)
+    (said,) = delivery.close()
+    assert "no contact (AuthenticationError): upload with `wandb sync" in said
+    assert key not in said
 
 
 def test_a_wandb_that_hangs_costs_a_limited_time(

@@ -302,7 +302,8 @@ def test_settings_by_hand_win_and_the_interface_reaches_both_backends() -> None:
         "WANDB_TAGS": "torchft,tft-5",
         "WANDB_DIR": "/o/torchft/tft-5",
         "WANDB_INIT_TIMEOUT": "30",
-        "WANDB_FINISH_TIMEOUT": "30",
+        "WANDB_FINISH_TIMEOUT": "10",
+        "WANDB_ERROR_REPORTING": "false",
     }
 
 

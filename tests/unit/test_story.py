@@ -19,7 +19,7 @@ from launcher.rundir import Outputs, RunDir
 from launcher.screen import view
 from launcher.slurm import Job, Slurm
 from launcher.snapshot import figures
-from launcher.state import Notice, RunState
+from launcher.state import RunState
 from launcher.verdict import judge
 from launcher.watcher import Watcher
 from launcher.weights import WeightLedger
@@ -35,19 +35,12 @@ def run(tmp_path: Path) -> RunDir:
 
 
 @pytest.fixture
-def recorded(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+def recorded(run: RunDir) -> list[Event]:
     """Every event of the run, in the order in which it is folded."""
     seen: list[Event] = []
-    apply = RunState.apply
-
-    def keep(state: RunState, event: Event) -> list[Notice]:
-        seen.append(event)
-        return []
-
-    monkeypatch.setattr(RunState, "apply", keep)
     with Watcher.of_run(run) as watcher:
+        watcher.on_event = lambda state, event: seen.append(event)
         watcher.look(final=True)
-    monkeypatch.setattr(RunState, "apply", apply)
     return seen
 
 
