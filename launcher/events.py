@@ -104,7 +104,7 @@ LONGEST_TRACEBACK = 500
 _COMPILED = [(pattern, re.compile(pattern.regex, re.ASCII)) for pattern in PATTERNS]
 #: One pass over a line that tells most lines apart from those worth trying the table on.
 _WORTH = re.compile(
-    rb"should_commit=|loss: |launching replica|\(attempt |reconfiguring for|healing |Loaded state dict|"
+    rb"should_commit=|loss: |Training completed|launching replica|\(attempt |reconfiguring for|healing |Loaded state dict|"
     rb"slurmstepd|tft-local|srun: error|kill request|heartbeat to lighthouse|lighthouse quorum |"
     rb"[Oo]ut ?[Oo]f ?[Mm]emory|oom[-_]kill|allocate memory|bad_alloc|memory limit|Xid|CUDA|ECC|"
     rb"fallen off|MEMORY|NCCL|nccl|Watchdog|exitcode|Root Cause|Failures:|rank +: \d|traceback :|Traceback|"
@@ -253,6 +253,8 @@ class ReplicaLogReader:
         elif pattern.kind == "exit":
             fields["code"] = 0 if fields["reason"].startswith("finished") else 1
             fields["reason"] = fields["reason"].removeprefix("was ").removeprefix("failed: ")
+        elif pattern.kind == "end":
+            fields["code"] = 0
         elif pattern.kind == "metrics":
             fields["tokens_per_second"] = float(fields["tokens_per_second"].replace(",", ""))
             try:

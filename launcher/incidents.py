@@ -209,6 +209,7 @@ _DUE = {
 
 #: What torchrun itself raises when one of its ranks has failed, or it was told to end.
 _TORCHRUNS = re.compile(r"(?:[\w.]+\.)?(?:ChildFailedError|SignalException)\b")
+_TOLD_TO_END = re.compile(r"SignalException\b.*signal: 15\b")
 #: In a reason for which a group ended: it had no memory left.
 _NO_MEMORY = re.compile(r"out of memory|OutOfMemory|allocate memory|MemoryError|bad_alloc", re.I)
 
@@ -251,6 +252,8 @@ def _own_words(event: Event, text: str) -> Sign | None:
         # One that was killed may have been so by srun itself, which was told to end.
         return _sign(event, 1 if text.endswith(": Killed") else 4, Cause.CRASH, text)
     if event.kind in ("exception", "fatal", "nccl_error"):
+        if _TOLD_TO_END.search(text):
+            return _sign(event, 3, Cause.UNKNOWN, "stopped by SIGTERM")
         # torchrun's own exceptions tell of a rank's, and NCCL warns of much that comes to nothing.
         own = event.get("warning") is None and not _TORCHRUNS.match(text)
         return replace(_sign(event, 3, Cause.CRASH, text), error=own)

@@ -87,6 +87,16 @@ PATTERNS = (
         ),
     ),
     Pattern(
+        kind="end",
+        regex=r"- INFO - Training completed$",
+        samples=(
+            Sample(
+                "[titan] 2026-11-20 15:25:31,910 - root - INFO - Training completed",
+                "torchtitan 0.2.2",
+            ),
+        ),
+    ),
+    Pattern(
         kind="launch",
         regex=r"^\[[-\d]+ [:\d]+\] launching replica (?P<replica>\d{1,6}) "
         r"\(attempt (?P<attempt>\d{1,9})\) on (?P<host>\S+)",

@@ -98,7 +98,7 @@ class Quorums(Outages):
         incident = self.open(replica, event.t, step)
         incident.detected_at = event.t
         incident.rejoined_at = incident.healed_at = None  # it may be lost again before it was back
-        failed = [self.groups[other].failed_at for other in self.members if other in self.groups]
+        failed: list[float] = []
         waited = event.get("waited")
         if waited is not None and waited.since is not None and replica not in waited.requested:
             since = max(waited.since, group.progress_at)
@@ -108,12 +108,16 @@ class Quorums(Outages):
             hung = seconds > HANG_SECONDS or self._is_alive(waited, replica)
             if waited.requested and hung and not ended:
                 incident.explain([hang_sign(since, seconds, event.source)])
-        for t in failed:
-            if t is not None:
-                incident.others_noticed(t)
+        self._others_noticed(incident, failed)
         if group.state not in (GroupState.STARTING, GroupState.REQUEUED):
             self.enter(group, GroupState.LOST, event.t)
         return incident
+
+    def _others_noticed(self, incident: Incident, when: list[float]) -> None:
+        """What the others noticed of a loss first: at ``when``, or as they failed to commit."""
+        failed = (group.failed_at for group in self.groups.values())
+        for t in [*when, *(t for t in failed if t is not None)]:
+            incident.others_noticed(t)
 
     def _is_alive(self, waited: Waiting, replica: int) -> bool:
         """Whether a group left the quorum with its heartbeats going on: more of them came than of
@@ -143,6 +147,9 @@ class Quorums(Outages):
             # A new copy in place of the old one, with no quorum in between.
             incident = self.open(replica, event.t, top)
             incident.detected_at = event.t
+            waited = event.get("waited")
+            since = waited.since if waited is not None else None
+            self._others_noticed(incident, [] if since is None else [since])
             if group.attempt > 1:
                 incident.started_at, incident.boot = group.launched_at, group.boot
         if incident is not None:

@@ -34,6 +34,7 @@ EXPECTED: dict[str, list[tuple[int | None, dict[str, Any], Cause | None]]] = {
         (7, {"titan_step": 36, "loss": 6.04175, "tokens_per_second": 1609.0}, None),
         (7, {"titan_step": 37, "loss": math.nan, "tokens_per_second": 609.0}, None),
     ],
+    "end": [(7, {"code": 0}, None)],
     "launch": [(0, {"attempt": 1, "host": "worker-0"}, None)],
     "exit": [
         (1, {"attempt": 1, "code": 1, "reason": "stopped by SIGTERM"}, Cause.UNKNOWN),
