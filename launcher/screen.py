@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from collections import Counter
 
-from rich.console import Console, Group
+from rich import console as rich
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from launcher.findings import Finding, Severity
+from launcher.groups import Group
 from launcher.incidents import Incident
 from launcher.model import GroupState
 from launcher.snapshot import figures
@@ -21,8 +23,12 @@ from launcher.words import ago, clean, clock, plural, seconds
 MOST_INCIDENTS = 4
 #: Findings shown: the worst.
 MOST_FINDINGS = 6
+#: Characters shown of a cause.
+MOST_OF_A_CAUSE = 100
 #: Replica groups shown even where a terminal has no room for more.
 FEWEST_ROWS = 3
+#: Lines of a terminal that is low, and columns of one that is narrow: less is shown there.
+LOW, NARROW = 30, 110
 #: Columns where there is no terminal.
 PLAIN_WIDTH = 200
 
@@ -56,7 +62,7 @@ def view(
     width: int = PLAIN_WIDTH,
     height: int | None = None,
     found: list[Finding] | None = None,
-) -> Group:
+) -> rich.Group:
     """The screen as it is at ``now`` (Unix seconds).
 
     Args:
@@ -65,24 +71,25 @@ def view(
     """
     state = watcher.state
     found = watcher.findings(now) if found is None else found
+    low = height is not None and height < LOW
+    few, most = (
+        (MOST_INCIDENTS // 2, MOST_FINDINGS // 3) if low else (MOST_INCIDENTS, MOST_FINDINGS)
+    )
     around = [
-        *(_incident(number, incident, now) for number, incident in _newest(state)),
+        *(_incident(number, incident, now) for number, incident in _newest(state, few)),
         *(Text(text) for text in figure_lines(state)),
-        *(_finding(finding) for finding in found[:MOST_FINDINGS]),
+        *(_finding(finding) for finding in found[:most]),
     ]
-    if len(found) > MOST_FINDINGS:
-        around.append(Text(f"… and {len(found) - MOST_FINDINGS} more findings", style="dim"))
+    if len(found) > most:
+        around.append(Text(f"… and {len(found) - most} more findings", style="dim"))
     head = _head(state, name, now)
     rows = None
     if height is not None:
-        taken = sum(_lines(text, width) for text in [head, *around])
+        console = Console(width=width, file=io.StringIO())
+        taken = sum(len(text.wrap(console, width)) for text in [head, *around])
         # (The table's own head, and a line for what is left out.)
         rows = max(FEWEST_ROWS, height - taken - 2)
-    return Group(head, _groups(watcher, now, rows), *around)
-
-
-def _lines(text: Text, width: int) -> int:
-    return max(1, -(-text.cell_len // max(1, width - 1)))
+    return rich.Group(head, _groups(watcher, now, rows, width), *around)
 
 
 def _head(state: RunState, name: str, now: float) -> Text:
@@ -108,24 +115,8 @@ def _head(state: RunState, name: str, now: float) -> Text:
     return text
 
 
-def _groups(watcher: Watcher, now: float, most: int | None) -> Table:
-    state = watcher.state
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in (
-        "replica",
-        "state",
-        "for",
-        "node",
-        "attempt",
-        state.counted,
-        "last commit",
-        "failed commits",
-    ):
-        table.add_column(
-            name, no_wrap=True, justify="left" if name in ("state", "node") else "right"
-        )
-    if watcher.asks:
-        table.add_column(state.scheduler)
+def _groups(watcher: Watcher, now: float, most: int | None, width: int) -> Table:
+    state, narrow = watcher.state, width < NARROW
     groups = sorted(state.groups.values(), key=lambda group: group.replica)
     rows = groups
     if most is not None and len(groups) > most:
@@ -133,28 +124,51 @@ def _groups(watcher: Watcher, now: float, most: int | None) -> Table:
         quiet = (GroupState.TRAINING, GroupState.DONE)
         rows = sorted(groups, key=lambda group: group.state in quiet)[:most]
         rows.sort(key=lambda group: group.replica)
-    for group in rows:
-        table.add_row(
-            str(group.replica),
-            Text(group.state.value, style=_STYLE[group.state]),
-            ago(now - group.since) if group.since else "",
-            clean(group.where),
-            str(group.attempts or ""),
-            str(group.step),
-            ago(now - group.last_commit) + " ago" if group.last_commit else "",
-            str(group.failed_commits),
-            *([clean(_slurm_words(watcher, group.replica))] if watcher.asks else []),
-        )
+    cells = [_cells(watcher, group, now, narrow=narrow) for group in rows]
+    heads = ["replica", "state", "for", "node", "attempt", state.counted, "last commit"]
+    if narrow:
+        heads = ["id", "state", "for", "node", "try", state.counted, "commit"]
+    heads += ["failed" if narrow else "failed commits", state.scheduler]
+    gap = 1 if narrow else 2
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
+    taken = 0
+    for column, head in enumerate(heads[:-1]):
+        left = head in ("state", "node")
+        table.add_column(head, no_wrap=True, justify="left" if left else "right")
+        taken += gap + max(len(text) for text in [head, *(row[column] for row in cells)])
+    if watcher.asks:
+        # What the scheduler says may be long: it gives way, in one line.
+        room = max(len(heads[-1]), width - taken - 1)
+        table.add_column(heads[-1], no_wrap=True, overflow="ellipsis", max_width=room)
+    for group, row in zip(rows, cells, strict=True):
+        state_cell = Text(row[1], style=_STYLE[group.state])
+        table.add_row(row[0], state_cell, *row[2 : len(table.columns)])
     if len(rows) < len(groups):
         shown = {group.replica for group in rows}
         rest = Counter(group.state.value for group in groups if group.replica not in shown)
-        table.caption = "… and " + ", ".join(f"{count} {state}" for state, count in rest.items())
+        table.caption = "… and " + ", ".join(f"{count} {name}" for name, count in rest.items())
         table.caption_justify = "left"
     return table
 
 
-def _slurm_words(watcher: Watcher, replica: int) -> str:
-    group = watcher.state.groups[replica]
+def _cells(watcher: Watcher, group: Group, now: float, *, narrow: bool) -> list[str]:
+    committed = ""
+    if group.last_commit:
+        committed = ago(now - group.last_commit) + ("" if narrow else " ago")
+    return [
+        str(group.replica),
+        group.state.value,
+        ago(now - group.since) if group.since else "",
+        clean(group.where),
+        str(group.attempts or ""),
+        str(group.step),
+        committed,
+        str(group.failed_commits),
+        clean(_slurm_words(watcher, group)),
+    ]
+
+
+def _slurm_words(watcher: Watcher, group: Group) -> str:
     words = group.slurm_state
     if group.waiting:
         words += f" ({group.waiting})"
@@ -167,18 +181,19 @@ def _slurm_words(watcher: Watcher, replica: int) -> str:
     return words
 
 
-def _newest(state: RunState) -> list[tuple[int, Incident]]:
+def _newest(state: RunState, most: int) -> list[tuple[int, Incident]]:
     """The incidents to show, with their numbers, in their order."""
     numbered = list(enumerate(state.incidents, start=1))
-    going_on = [each for each in numbered if each[1].recovered_at is None]
-    over = [each for each in numbered if each[1].recovered_at is not None]
-    return sorted([*going_on[-MOST_INCIDENTS:], *over[-MOST_INCIDENTS:]][:MOST_INCIDENTS])
+    going_on = [each for each in numbered if each[1].recovered_at is None][-most:]
+    over = [each for each in numbered if each[1].recovered_at is not None][-most:]
+    over = over[len(going_on) - most :] if len(going_on) < most else []
+    return sorted([*going_on, *over], key=lambda each: each[0])
 
 
 def _incident(number: int, incident: Incident, now: float) -> Text:
     where = f" on {incident.where}" if incident.where else ""
-    text = Text(f"#{number} {clock(incident.first_sign)}  {incident.who}{where} lost: ")
-    text.append(clean(incident.why))
+    text = Text(f"#{number} {clock(incident.first_sign)}  {clean(incident.who + where)} lost: ")
+    text.append(clean(incident.why)[:MOST_OF_A_CAUSE])
     if incident.recovered_at is not None:
         text.append(f"; back after {seconds(incident.recovered_at - incident.lost_at)}", "green")
     else:

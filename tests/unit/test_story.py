@@ -363,6 +363,6 @@ def test_the_screen_fits_the_terminal_with_what_matters(
         Console(file=screen, width=width, highlight=False).print(shown)
     text = screen.getvalue()
     assert len(text.splitlines()) <= height
-    assert re.search(r"^ +40 +LOST", text, re.MULTILINE)
+    assert re.search(r"^ *40 +LOST", text, re.MULTILINE)
     assert re.search(r"… and \d+ TRAINING", text)
     assert "time to recover 17.5 s" in text.replace("\n", " ")
