@@ -18,6 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from launcher.events import Event
+from launcher.incidents import Incident
 from launcher.observed import Notice
 from launcher.state import RunState
 
@@ -42,6 +43,8 @@ class _Part:
     """What was told of them."""
 
 
+#: Seconds by which the beginning of an incident may move when it is corrected.
+SAME_SECONDS = 120.0
 _DETAILS = re.compile(r"\(.*\)|[0-9.]+")
 
 
@@ -165,5 +168,23 @@ class Fold:
                 group_again.waiting = group.waiting
                 group_again.slurm_state = group.slurm_state
                 group_again.expected_start = group.expected_start
+        _keep_objects(self.state.incidents, state)
         for each in dataclasses.fields(state):
             setattr(self.state, each.name, getattr(state, each.name))
+
+
+def _keep_objects(before: list[Incident], state: RunState) -> None:
+    """Make the incidents of ``state`` that were known ``before`` the same objects as then: somebody
+    may have them in mind. A group has one at a time: the nearest one of its own is the same."""
+    left = list(before)
+    for index, incident in enumerate(state.incidents):
+        same = [old for old in left if (old.replica, old.kind) == (incident.replica, incident.kind)]
+        old = min(same, key=lambda old: abs(old.opened_at - incident.opened_at), default=None)
+        if old is None or abs(old.opened_at - incident.opened_at) > SAME_SECONDS:
+            continue
+        left.remove(old)
+        for each in dataclasses.fields(incident):
+            setattr(old, each.name, getattr(incident, each.name))
+        state.incidents[index] = old
+        if state.outage is incident:
+            state.outage = old

@@ -181,7 +181,7 @@ class Watcher:
             self._hold_rest(log)
         for log in self._logs if final else ():
             newest = log.reader.newest if isinstance(log.reader, LighthouseReader) else None
-            if newest and any(not self.state.group(r).tells for r, _ in newest.fields["steps"]):
+            if newest is not None and self._is_news(newest):
                 self._put_in_line(newest)
         return notices + self._fold_until(float("inf") if final else time.time() - SETTLE)
 
@@ -221,9 +221,16 @@ class Watcher:
         for event in log.reader.read(offset, block):
             log.events += 1
             latest = max(latest, event.t)
-            if log.wanted(event):
+            if log.wanted(event) and self._is_news(event):
                 self._put_in_line(event)
         return latest
+
+    def _is_news(self, event: Event) -> bool:
+        """Whether it may change anything: not the steps of groups that tell of them."""
+        if event.kind != "steps":
+            return True
+        groups = self.state.groups
+        return any(r not in groups or not groups[r].tells for r, _ in event.fields["steps"])
 
     def _hold_rest(self, log: Log) -> None:
         """Take a last line without a newline, if it is whole: its writer was killed."""

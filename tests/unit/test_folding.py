@@ -101,6 +101,27 @@ def test_the_state_stays_the_same_object_and_keeps_slurms_word() -> None:
     assert (state.groups[0].waiting, state.groups[0].slurm_state) == ("BeginTime", "PENDING")
 
 
+def test_incidents_stay_the_same_objects_too() -> None:
+    """Whoever watches a drill tells new ones from those of before by that."""
+    fold = folding.Fold(RunState(2))
+    both = [(0, "a", 1, "x"), (1, "b", 1, "x")]
+    for t, members in ((10.0, both), (20.0, both[:1])):
+        fields = {"quorum_id": int(t), "members": members}
+        fold.take(Event(t=t, kind="membership", fields=fields))
+    (before,) = fold.state.incidents
+    fold.take(event(30.0, step=1, committed=True))
+    fold.take(Event(t=19.0, kind="rank_failed", replica=1, fields={"exit_code": -9}))
+    fold.correct(now=True)
+    (after,) = fold.state.incidents
+    assert after is before
+    assert (after.first_sign, after.why) == (19.0, "process crash: a rank exited with code -9")
+    fold.take(Event(t=40.0, kind="listening", fields={}))
+    fold.take(event(35.0, step=2, committed=True))
+    outage = fold.state.outage
+    fold.correct(now=True)
+    assert fold.state.outage is outage is fold.state.incidents[-1]
+
+
 def test_putting_right_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a node whose clock is behind every event is late."""
     fold = folding.Fold(RunState(1))
