@@ -147,7 +147,7 @@ class Watcher:
             notices += self._read_all_again(final=final)
             now = time.monotonic()
             self._read_again_after = now + (now - began) / READ_AGAIN
-        self._ask(wait=final)
+        notices += self._ask(wait=final)
         if final:
             notices += self._read(final=True)  # what Slurm has just said
         notices += self._fold.correct(now=final)
@@ -306,19 +306,20 @@ class Watcher:
                 self._nodes_problem = str(error)
         return jobs
 
-    def _ask(self, *, wait: bool) -> None:
+    def _ask(self, *, wait: bool) -> list[Notice]:
         """Slurm's word, asked for on the side: a slow controller must not hold up the logs."""
         if self._slurm is None or self._run is None or self.state.finished:
-            return
+            return []
         away = self.eager and any(g.state in AWAY for g in self.state.groups.values())
         every = ASK_EAGERLY if away else ASK_EVERY
         if self._answer is None and time.monotonic() - self._asked >= every:
-            self._asked, self._asked_at = time.monotonic(), time.time()
+            self._asked, self._asked_at = time.monotonic(), round(time.time(), 3)
             lost = any(i.where and i.recovered_at is None for i in self.state.incidents)
             every = 0.0 if lost else ASK_NODES_EVERY
             self._answer = self._side.submit(
                 self._ask_jobs_and_nodes, self._slurm, self._run, every
             )
+        notices = []
         if self._answer is not None and (wait or self._answer.done()):
             answer, self._answer = self._answer, None
             try:
@@ -328,15 +329,23 @@ class Watcher:
             else:
                 self._slurm_problem, self.live_tasks = "", sum(job.live for job in jobs)
                 self.jobs, self.jobs_asked = jobs, self._asked
-                self._note(jobs)
+                notices = self._note(jobs)
         name = self.state.scheduler
         if self._slurm_problem or self._nodes_problem:
             self.blind[name] = self._slurm_problem or f"its nodes: {self._nodes_problem}"
+        return notices
 
-    def _note(self, jobs: list[Job]) -> None:
-        """Take in what belongs to the story of what Slurm has just said."""
+    def _note(self, jobs: list[Job]) -> list[Notice]:
+        """Take in what belongs to the story of what Slurm has just said.
+
+        At once: who acts on it must know that a group is requeued before he sees it in the queue.
+        Where somebody else records it, what is read in his record counts.
+        """
         events = self.state.observe(jobs, self._asked_at)
         events += self.state.observe_nodes(self.nodes.values(), self._asked_at)
-        if events and (self.witness is None or not self.witness.record(events)):
-            for event in events:
-                self._put_in_line(event)
+        mine = not events or self.witness is None or self.witness.record(events)
+        notices = []
+        for event in events if mine or self.eager else ():
+            notices += self._fold.take(event)
+            self.on_event(self.state, event)
+        return notices

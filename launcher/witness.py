@@ -23,18 +23,18 @@ class Witness:
         """Append events to the run's record.
 
         Returns:
-            Whether they are, or will be, read there; else the caller must do with its own.
+            False where somebody else records what he sees; True else, also if that failed.
         """
         try:
             self._lock = self._lock or acquire(self._run.observed_lock)
             if self._lock is None:
-                return True  # somebody else records what he sees
+                return False
             lines = [_line(event) for event in events]
             with self._run.observed.open("a", encoding="utf-8") as file:
                 file.write("".join(lines))
-            return True
         except OSError:
-            return False  # a run of somebody else's, or a full disk
+            pass  # a run of somebody else's, or a full disk
+        return True
 
     def close(self) -> None:
         """Let somebody else record."""

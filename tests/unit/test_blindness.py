@@ -196,3 +196,23 @@ def test_a_folder_or_a_manifest_that_cannot_be_read_is_not_an_absent_one(
     monkeypatch.setattr("os.listdir", refused)
     with pytest.raises(BlindError, match="torchft cannot be read: Permission denied"):
         Outputs(run.path.parent.parent).find(None)
+
+
+@pytest.mark.parametrize("recorded_by", ["us", "another"])
+def test_who_acts_knows_at_once_what_slurm_said(
+    run: RunDir, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch, recorded_by: str
+) -> None:
+    """Else the guardian would start a requeued task while its old copy still ends."""
+    cut_short(run)
+    fake_run.on("squeue", out="1|1|1|PENDING||2026-11-20T14:09:00|BeginTime\n")
+    monkeypatch.setattr("launcher.watcher.ASK_EVERY", 0.0)
+    other = Witness(run)
+    if recorded_by == "another":
+        assert other.record([])
+    with Watcher.of_run(run, Slurm(fake_run)) as watcher:
+        watcher.eager, watcher.witness = True, Witness(run)
+        watcher.look()  # asks
+        while not watcher.jobs:
+            watcher.look()
+        assert watcher.state.groups[1].state is GroupState.REQUEUED
+    other.close()
