@@ -16,6 +16,7 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from launcher.events import Event
 from launcher.incidents import Incident
@@ -161,21 +162,28 @@ class Fold:
         self._late = event.t if self._late is None else min(self._late, event.t)
 
     def _take_over(self, state: RunState) -> None:
-        """Make ``self.state`` equal to ``state``, but for what no event tells: Slurm's word."""
+        """Make ``self.state`` equal to ``state``, but for what no event tells: Slurm's word. Its
+        groups and incidents stay the same objects too: somebody may have them in mind."""
         for replica, group in self.state.groups.items():
-            group_again = state.groups.get(replica)
-            if group_again is not None:
-                group_again.waiting = group.waiting
-                group_again.slurm_state = group.slurm_state
-                group_again.expected_start = group.expected_start
-        _keep_objects(self.state.incidents, state)
-        for each in dataclasses.fields(state):
-            setattr(self.state, each.name, getattr(state, each.name))
+            again = state.groups.get(replica)
+            if again is not None:
+                again.waiting, again.slurm_state = group.waiting, group.slurm_state
+                again.expected_start = group.expected_start
+                _become(group, again)
+                state.groups[replica] = group
+        _keep_incidents(self.state.incidents, state)
+        _become(self.state, state)
 
 
-def _keep_objects(before: list[Incident], state: RunState) -> None:
-    """Make the incidents of ``state`` that were known ``before`` the same objects as then: somebody
-    may have them in mind. A group has one at a time: the nearest one of its own is the same."""
+def _become(old: Any, new: Any) -> None:
+    """Give an object every field of another one of its class."""
+    for each in dataclasses.fields(new):
+        setattr(old, each.name, getattr(new, each.name))
+
+
+def _keep_incidents(before: list[Incident], state: RunState) -> None:
+    """Make the incidents of ``state`` that were known ``before`` the same objects as then. A group has
+    one at a time: the nearest one of its own is the same."""
     left = list(before)
     for index, incident in enumerate(state.incidents):
         same = [old for old in left if (old.replica, old.kind) == (incident.replica, incident.kind)]
@@ -183,8 +191,7 @@ def _keep_objects(before: list[Incident], state: RunState) -> None:
         if old is None or abs(old.opened_at - incident.opened_at) > SAME_SECONDS:
             continue
         left.remove(old)
-        for each in dataclasses.fields(incident):
-            setattr(old, each.name, getattr(incident, each.name))
+        _become(old, incident)
         state.incidents[index] = old
         if state.outage is incident:
             state.outage = old

@@ -181,6 +181,8 @@ class Incident:
     def _first_error(self, main: Sign) -> str:
         """Of a crash the first error of the rank that torchrun blames (else of any): what is said
         later, a collective that fails for example, is a consequence."""
+        if _BY_SIGNAL.search(main.text):
+            return main.text  # it could say nothing any more
         errors = [s for s in self.evidence if s.error and s.cause is Cause.CRASH]
         blamed = {s.rank for s in self.evidence if s.root}
         errors = [s for s in errors if s.rank in blamed] or errors
@@ -190,6 +192,8 @@ class Incident:
         return main.text if first.text[:_SAME] in main.text else first.text
 
 
+#: Of a rank that was killed by a signal.
+_BY_SIGNAL = re.compile(r"killed by SIG|exited with code -\d|\bSignal \d+ \(")
 #: Characters of an error by which it is found again in what the launcher says of the end.
 _SAME = 60
 

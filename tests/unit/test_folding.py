@@ -89,7 +89,7 @@ def event(t: float, kind: str = "commit", **fields: Any) -> Event:
 
 def test_the_state_stays_the_same_object_and_keeps_slurms_word() -> None:
     fold = folding.Fold(RunState(1))
-    state = fold.state
+    state, group = fold.state, fold.state.groups[0]
     fold.take(event(10.0, "launch", attempt=1, host="a"))
     fold.take(event(12.0, step=1, committed=True))
     state.groups[0].waiting, state.groups[0].slurm_state = "BeginTime", "PENDING"
@@ -97,6 +97,7 @@ def test_the_state_stays_the_same_object_and_keeps_slurms_word() -> None:
     assert [notice.text for notice in late] == ["replica 0 failed to commit step 0"]
     assert fold.correct() == []
     assert state is fold.state
+    assert group is state.groups[0]
     assert (state.groups[0].failed_since_commit, state.groups[0].failed_commits) == (0, 1)
     assert (state.groups[0].waiting, state.groups[0].slurm_state) == ("BeginTime", "PENDING")
 

@@ -293,6 +293,15 @@ def test_a_crash_is_told_by_the_first_error_and_not_by_what_follows_from_it() ->
     assert crash(f"ValueError: x\n{LATER}MemoryError") == "out of memory: MemoryError"
 
 
+def test_of_a_rank_that_was_killed_the_others_errors_are_consequences() -> None:
+    peer = "[rank0]:RuntimeError: [pair.cc:537] Read error: Connection reset by peer\n"
+    for why in ("rank 1 (pid 9) on w was killed by SIGKILL", "rank 1 exited with code -11"):
+        ends = f"[2026-11-20 14:31:50] replica 7 (attempt 1) on w failed: {why}"
+        assert crash(peer + ends) == f"process crash: {why}"
+    killed = "Failures:\nRoot Cause (first observed failure):\n  rank      : 1 (local_rank: 1)\n"
+    assert crash(peer + killed + "  exitcode  : -9 (pid: 7144)\n").endswith("exited with code -9")
+
+
 def test_torchrun_names_the_rank_whose_error_counts() -> None:
     errors = "[rank0]:ValueError: zero\n[rank3]:KeyError: 'three'\n"
     child = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
