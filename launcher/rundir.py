@@ -8,7 +8,8 @@
       tft-<A>/                    one run: the array job <A>
         run.json                  manifest, written once by whoever comes first
         submission.json           how `launcher submit` submitted it; its owner's
-        lighthouse.log            what the lighthouse said while it served this run
+        lighthouse.log            what the lighthouse said while it served this run; .1: what is
+                                  worth keeping of full ones, .full: one that is just set aside
         tft-<A>_<a>.out / .err    logs of replica group <a>, all attempts, appended
         tft-<A>_<a>.events.jsonl  its structured events; .node-<n> of a further node of it
         groups/<a>.*              who runs replica group <a>, and how its attempts ended
