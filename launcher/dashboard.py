@@ -6,6 +6,7 @@ Only what `wandb-workspaces` publishes as its model is used; a dry run needs no 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,11 +60,15 @@ def run_dashboard(
     """Save the workspace and say its address, or only say what it would be, as JSON.
 
     Raises:
-        UsageError: it is not known whose workspace it is.
+        UsageError: it is not known whose workspace it is, or ``run`` is no run's name.
         KitError: W&B did not take it.
     """
-    if run.isdecimal():
+    if run.isascii() and run.isdigit():
         run = f"tft-{run}"  # named by its array job, as everywhere
+    if run and not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", run):
+        raise UsageError(
+            f"{run!r} is no run's name: letters, digits, dots and dashes, as in tft-12"
+        )
     project = project or wandb_project(env)
     entity = entity or env.get("WANDB_TEAM") or env.get("WANDB_ENTITY") or ""
     if not entity and not dry_run:

@@ -68,6 +68,9 @@ def test_the_dashboard_of_wandb_without_a_network() -> None:
     (runs,) = spec["spec"]["section"]["runSets"]
     assert runs["grouping"] == [{"section": "run", "name": "group"}]
     assert runs["filters"]["filters"][0]["value"] == "tft-12"
+    for odd in ("<script>", "x' or 1", "²", "a" * 101):
+        with pytest.raises(UsageError, match="is no run's name"):
+            run_dashboard(odd, entity="", project="p", dry_run=True, env={}, say=said.append)
     with pytest.raises(UsageError, match="--entity"):
         run_dashboard("", entity="", project="", dry_run=False, env={}, say=said.append)
 
