@@ -171,8 +171,10 @@ class LighthouseReader:
         """Steps of members at the last change that they have not got beyond."""
         self._lines_left = 0
         """Further lines in which that is looked for."""
-        self.newest: Event | None = None
-        """The steps in the newest quorum line of all blocks so far."""
+        self._newest: tuple[float | None, bytes, int] | None = None
+        """Time, text and offset of the newest quorum line of all blocks so far."""
+        self._numbers: dict[bytes, int | None] = {}
+        """Groups by the ids with which they asked since the newest change."""
 
     def read(self, offset: int, block: bytes) -> Iterator[Event]:
         """Events in ``block`` (whole lines), which starts at ``offset`` of the file."""
@@ -231,7 +233,7 @@ class LighthouseReader:
             match = _STEP.search(block, last)
             self.step = int(match[1]) if match else self.step
         if at >= 0:
-            self.newest = self._steps(block, at, since, offset, carried)
+            self._keep(block, at, since, offset, carried)
         self._failures(found, block, last, len(block), offset)
         self._look_at_waiting(block, last, len(block))
         self._last = self._last_before(block, len(block))
@@ -252,6 +254,7 @@ class LighthouseReader:
         if not quorum_id.isdigit() or len(quorum_id) > 15:
             return {}
         self._quorum_id = quorum_id
+        self._numbers = {}
         members = self._members(block, position)
         if not members and block.find(_MEMBERS, position, block.find(b"\n", position)) >= 0:
             return {}
@@ -282,16 +285,37 @@ class LighthouseReader:
         Args:
             since: where what led to it begins; 0: in a block before, of which ``carried`` tells.
         """
-        t = None if since else carried.since
-        if t is None:
-            asked = _REQUEST.search(block, since, position)
-            t = self._time(block, asked.start() if asked else position)
+        t = self._asked(block, position, since, carried)
+        start = block.rfind(b"\n", max(0, position - 200), position) + 1
+        return self._named(t, block, position, offset + start)
+
+    def _asked(self, block: bytes, position: int, since: int, carried: Waiting) -> float | None:
+        if not since and carried.since is not None:
+            return carried.since
+        # (What led to it begins after the line before, which may be a long one.)
+        after = block.find(b"\n", since, position) if since else 0
+        asked = _REQUEST.search(block, max(after, 0), position)
+        return self._time(block, asked.start() if asked else position)
+
+    def _named(self, t: float | None, block: bytes, position: int, offset: int) -> Event | None:
         steps = [(number, step) for number, _, step, _ in self._members(block, position)]
         if t is None or not steps:
             return None
-        start = block.rfind(b"\n", max(0, position - 200), position) + 1
-        source = Source(self.file, offset + start)
+        source = Source(self.file, offset)
         return Event(t=t, kind="steps", fields={"steps": steps}, source=source)
+
+    def _keep(self, block: bytes, position: int, since: int, offset: int, carried: Waiting) -> None:
+        start = block.rfind(b"\n", max(0, position - 200), position) + 1
+        line = block[start : block.find(b"\n", position) + 1]
+        self._newest = self._asked(block, position, since, carried), line, offset + start
+
+    @property
+    def newest(self) -> Event | None:
+        """The steps in the newest quorum line of all blocks so far."""
+        if self._newest is None:
+            return None
+        t, line, offset = self._newest
+        return self._named(t, line, line.find(_QUORUM), offset)
 
     def _advance(self, found: list[tuple[int, Event]], steps: Event | None, position: int) -> None:
         """Until each member of a new quorum has committed, every line is read for that."""
@@ -315,11 +339,15 @@ class LighthouseReader:
     def _look_at_waiting(self, block: bytes, start: int, end: int) -> None:
         """Take in the requests and the status between two quorums."""
         waiting = self.waiting
-        for match in _REQUEST.finditer(block, start, end):
-            if waiting.since is None:
-                waiting.since = self._time(block, match.start())
-            number = self._names.known(match[1].decode(errors="replace"))
-            if number is not None:  # else it has been in no quorum yet
+        # (After the quorum line with which this begins; it may be a long one.)
+        after = max(block.find(b"\n", start, end), 0) if start else 0
+        first = _REQUEST.search(block, after, end) if waiting.since is None else None
+        if first is not None:
+            waiting.since = self._time(block, first.start())
+        for name in _REQUEST.findall(block, after, end):
+            if name not in self._numbers:
+                self._numbers[name] = self._names.known(name.decode(errors="replace"))
+            if (number := self._numbers[name]) is not None:  # else it has been in no quorum yet
                 waiting.requested.add(number)
         status = block.rfind(_STATUS, start, end)
         if status >= 0:

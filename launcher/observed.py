@@ -88,7 +88,10 @@ class Observed:
         return bool(self.groups) and all(g.state is GroupState.DONE for g in self.groups.values())
 
     def group(self, replica: int) -> Group:
-        return self.groups.setdefault(replica, Group(replica=replica))
+        group = self.groups.get(replica)
+        if group is None:
+            group = self.groups[replica] = Group(replica=replica)
+        return group
 
     def group_of_task(self, task: int) -> Group | None:
         """The replica group that array task ``task`` runs; None for a spare."""

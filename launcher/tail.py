@@ -182,7 +182,7 @@ class _Reading:
                 self.offset += start or len(data)
                 data = data[start:] if start else b""
             end = data.rfind(b"\n") + 1
-            block = bytes(self.half) + data[:end] if end else b""
+            block = b"".join([self.half, memoryview(data)[:end]]) if end else b""
             if end:
                 self.half.clear()
             self.half += data[end:]
