@@ -16,7 +16,7 @@ from launcher.rundir import Manifest, RunDir
 from launcher.tail import Tail
 
 #: Bytes of the lighthouse's log read in one go: its lines are long, its events few.
-LIGHTHOUSE_CHUNK = 2 << 20
+LIGHTHOUSE_CHUNK = 4 << 20
 #: Seconds for which a file that was promised or read before may be missing: one that is rotated is
 #: for a moment, and a shared file system shows a new one late.
 MISSING_SECONDS = 10.0
