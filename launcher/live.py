@@ -17,7 +17,7 @@ from launcher.watcher import Watcher
 from launcher.witness import Witness
 
 #: Seconds between two pictures while nothing happens, and the part of the time that drawing may take.
-DRAW_EVERY, DRAWING = 1.0, 0.03
+DRAW_EVERY, DRAWING = 1.0, 0.01
 
 
 def follow_live(
