@@ -51,7 +51,6 @@ class Observed:
     weights: WeightLedger = field(default_factory=WeightLedger)
     first_event: float | None = None
     last_event: float = 0.0
-    seconds_full: float = 0.0
     seconds_below_full: float = 0.0
     wanted_seconds: float = 0.0
     """Integral of the run's size over the same time; it may be scaled."""
@@ -148,9 +147,7 @@ class Observed:
         self.member_seconds += seconds * len(self.members)
         if self.seen_full or len(self.members) >= self.size:
             self.wanted_seconds += seconds * self.size
-        if len(self.members) >= self.size:
-            self.seconds_full += seconds
-        elif self.seen_full:
+        if self.seen_full and len(self.members) < self.size:
             self.seconds_below_full += seconds
 
     def resize(self, replicas: int, t: float) -> list[Notice]:
